@@ -1,0 +1,132 @@
+"""Flags: the fields of the config dataclasses, and how a command line becomes one.
+
+A script's config derives from those below. The default of a field is the paper's value where the
+paper gives one (its place is in the help text). A run is the toy if neither --model nor --data is
+given; the toy replaces some defaults, never a flag that the user gave.
+"""
+
+import dataclasses
+import difflib
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from transformers import HfArgumentParser
+
+Config = TypeVar("Config")
+
+
+def flag(default: Any, help: str) -> Any:
+    """A field with the text that --help shows for it."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class MediaConfig:
+    """What the model gets to see, the same in every script."""
+
+    max_frames: int = flag(16, "frames of a video at most (Sec. 4.1)")
+    min_pixels: int = flag(4 * 28 * 28, "pixels of a frame or image at least")
+    max_pixels: int = flag(128 * 28 * 28, "pixels of a video frame at most (Sec. 4.1)")
+    image_max_pixels: int = flag(256 * 28 * 28, "pixels of an image at most")
+    prompt_template: str = flag("", "text file with {question} and maybe {answer_format}")
+    num_workers: int = flag(2, "processes that decode media, per rank")
+    decode_timeout: float = flag(60.0, "seconds that one file may take to decode")
+
+    def limits(self) -> dict[str, int]:
+        """The limits of data.decode and of the loader."""
+        keys = ("max_frames", "min_pixels", "max_pixels", "image_max_pixels")
+        return {key: getattr(self, key) for key in keys}
+
+
+@dataclass
+class TrainConfig(MediaConfig):
+    """What both training stages share."""
+
+    model: str = flag("", "model folder or Hub id; without --model and --data: the toy")
+    data: str = flag("", "data file, JSON list or JSON lines in the official format")
+    data_root: str = flag("", "what the rows' paths are relative to; default: the data's folder")
+    data_types: list[str] = flag(["image", "video"], "kinds of samples to train on")
+    seed: int = flag(0, "of the data's order, the shuffles and the rollouts")
+    num_epochs: float = flag(1.0, "passes over the data, where --max_steps is 0")
+    max_steps: int = flag(0, "optimizer steps; 0: by --num_epochs")
+    prompts_per_rank: int = flag(1, "prompts in one forward and backward pass of a rank")
+    gradient_accumulation_steps: int = flag(1, "such passes in one optimizer step")
+    learning_rate: float = flag(1e-6, "peak learning rate of AdamW (App. D)")
+    weight_decay: float = flag(0.01, "of matrices; not of biases and norms (App. D)")
+    max_grad_norm: float = flag(5.0, "clip of the gradient's norm (App. D)")
+    warmup_steps: int = flag(0, "steps over which the learning rate rises, before the cosine")
+    activation_checkpointing: bool = flag(True, "recompute each layer in the backward pass")
+
+    def check(self, world_size: int) -> None:
+        """Raises ValueError naming the first flag whose value makes no sense."""
+        at_least_one = ("prompts_per_rank", "gradient_accumulation_steps", "max_frames",
+                        "num_workers", "min_pixels")  # fmt: skip
+        for name in at_least_one:
+            require(getattr(self, name) >= 1, f"--{name} must be at least 1")
+        not_negative = ("seed", "max_steps", "warmup_steps", "learning_rate", "weight_decay")
+        for name in not_negative:
+            require(getattr(self, name) >= 0, f"--{name} must not be negative")
+        require(self.max_grad_norm > 0, "--max_grad_norm must be positive")
+        require(self.max_steps or self.num_epochs > 0, "--num_epochs must be positive")
+        for name in ("max_pixels", "image_max_pixels"):
+            require(getattr(self, name) >= self.min_pixels, f"--{name} is below --min_pixels")
+        unknown = set(self.data_types) - {"image", "video"}
+        require(not unknown and self.data_types, "--data_types takes image, video or both")
+
+    def batch_size(self, world_size: int) -> int:
+        """Prompts in one optimizer step, over all ranks."""
+        return world_size * self.prompts_per_rank * self.gradient_accumulation_steps
+
+
+def require(condition: object, message: str) -> None:
+    """Raise ValueError with a message for the user unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def parse_config(
+    cls: type[Config], toy_defaults: dict[str, Any], real_command: str, argv: list[str] | None = None
+) -> tuple[Config, bool]:
+    """The config of a command line, and whether it is the toy's.
+
+    Raises:
+        ValueError: an unknown or abbreviated flag, a value of the wrong type, --model without
+            --data or the other way round.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    names = [item.name for item in dataclasses.fields(cls)]
+    given = [word[2:].split("=")[0] for word in argv if word.startswith("--")]
+    for name in given:
+        if name not in [*names, "help"]:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"; did you mean --{near[0]}?" if near else "; --help lists them"
+            raise ValueError(f"unknown flag --{name}{hint}")
+    is_toy = "model" not in given and "data" not in given
+    if not is_toy:
+        for one, other in (("model", "data"), ("data", "model")):
+            if one in given and other not in given:
+                raise ValueError(f"--{one} is given without --{other}: give both, or neither for "
+                                 "the embedded toy")  # fmt: skip
+    parser = HfArgumentParser(cls, allow_abbrev=False, exit_on_error=False, epilog=real_command)
+    if is_toy:
+        parser.set_defaults(**toy_defaults)
+    parser.error = _raise_value_error
+    config, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if rest:
+        raise ValueError(f"unknown argument {rest[0]!r}")
+    return config, is_toy
+
+
+def _raise_value_error(message: str) -> None:
+    raise ValueError(message.removeprefix("argument "))
+
+
+def save_config(config: Any, folder: Path) -> None:
+    """Write the resolved settings to config.json."""
+    text = json.dumps(dataclasses.asdict(config), indent=2)
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")

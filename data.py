@@ -1,0 +1,413 @@
+"""From rows of JSON to prompts: samples, the template, frames, patches, shuffling, the loader.
+
+    Sample   one row of a data file, checked
+    Prompt   one sample in one frame order, ready for the model
+
+Shapes: F frames, H x W pixels, N patches of 14 x 14 pixels and 2 frames, S prompt tokens.
+"""
+
+
+import json
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from media import DecoderPool, MediaError, read_frames, read_image, smart_resize
+
+__all__ = [
+    "DecoderPool", "MediaError", "Prompt", "Sample", "load_samples", "make_prompt", "patchify",
+    "read_frames", "read_image", "smart_resize",
+]  # fmt: skip
+
+PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression")  # Section 3.1
+VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".y4m")
+ORDERS = ("ordered", "shuffled", "reversed", "single")
+
+PATCH, MERGE, TEMPORAL_PATCH = 14, 2, 2  # Qwen2.5-VL: pixels, patches per side, frames
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# One template for annotation, both training stages and evaluation (App. C.1; the wording is ours,
+# the paper's is in a figure that its text does not hold). --prompt_template FILE replaces it.
+TEMPLATE = (
+    "{question}\n"
+    "First reason step by step between <think> and </think>, and go back over what you saw where "
+    "you doubt it. Then give the final answer between <answer> and </answer>. {answer_format}"
+)
+ANSWER_FORMATS = {
+    "multiple choice": "Answer with the letter of one option.",
+    "numerical": "Answer with one number.",
+    "OCR": "Answer with the text as it is written.",
+    "free-form": "Answer in a short text.",
+    "regression": "Answer with one number.",
+}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row of a data file. `path` is resolved against the data root; `row` counts from 0."""
+
+    problem_id: int | str
+    problem: str
+    data_type: str  # "image" or "video"
+    problem_type: str  # one of PROBLEM_TYPES
+    options: tuple[str, ...]
+    solution: str
+    path: str
+    data_source: str
+    process: str  # the chain of thought of SFT rows, else ""
+    row: int
+    extra: dict = field(default_factory=dict, compare=False)  # the keys that only some files have
+
+    @property
+    def is_video(self) -> bool:
+        return self.data_type == "video"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One sample in one frame order, ready for the model.
+
+    input_ids: int64 (S,), the placeholder repeated once per merged patch.
+    vision_start: index of the first placeholder; the others follow it without a gap.
+    pixel_values: float32 (N, 1176). grid_thw: int64 (3,), patches in time, height and width.
+    seconds_per_grid: seconds between temporal patches (two frames), fractional; 0 for an image.
+    """
+
+    input_ids: Tensor
+    vision_start: int
+    pixel_values: Tensor
+    grid_thw: Tensor
+    seconds_per_grid: float
+    is_video: bool
+    order: str
+    sample: Sample
+
+    @property
+    def num_vision_tokens(self) -> int:
+        return int(self.grid_thw.prod()) // MERGE**2
+
+
+# ---------------------------------------------------------------------------------------- rows
+
+
+def load_samples(path: str | Path, data_root: str | Path | None = None) -> list[Sample]:
+    """Read a JSON list, or JSON lines, of rows in the official format.
+
+    Args:
+        path: the file. data_root: what the rows' paths are relative to; default: its folder.
+    Raises:
+        ValueError: naming the file, and the row (counted from 0) if it is one row's fault.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"data file {path} does not exist")
+    root = Path(data_root) if data_root else path.parent
+    if not root.is_dir():
+        raise ValueError(f"data root {root} is not a folder")
+    rows = _read_rows(path)
+    if not rows:
+        raise ValueError(f"{path} holds no rows")
+    return [_check_row(row, number, path, root) for number, row in enumerate(rows)]
+
+
+def _read_rows(path: Path) -> list:
+    try:
+        text = path.read_text(encoding="utf-8")
+        if text.lstrip()[:1] == "[":
+            return json.loads(text)
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is neither a JSON list nor JSON lines: {error}") from None
+
+
+def _check_row(row: object, number: int, path: Path, root: Path) -> Sample:
+    where = f"{path}, row {number}"
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected an object, found {type(row).__name__}")
+    row = dict(row)
+
+    def text(key: str, required: bool = True) -> str:
+        value = row.pop(key, None)
+        if value is None and not required:
+            return ""
+        if not isinstance(value, str) or (required and not value.strip()):
+            raise ValueError(f"{where}: '{key}' must be a text that is not empty, found {value!r}")
+        return value
+
+    def one_of(key: str, allowed: tuple[str, ...]) -> str:
+        value = text(key)
+        for name in allowed:
+            if value.strip().lower() == name.lower():
+                return name
+        raise ValueError(f"{where}: unknown {key} {value!r}; known are {', '.join(allowed)}")
+
+    relative = text("path")
+    data_type = one_of("data_type", ("image", "video", "frame"))
+    if data_type == "frame":  # 200 rows of eval_mvbench say so of a clip
+        data_type = "video" if relative.lower().endswith(VIDEO_SUFFIXES) else "image"
+    options = row.pop("options", None) or []
+    if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
+        raise ValueError(f"{where}: 'options' must be a list of texts, found {options!r}")
+    problem_id = row.pop("problem_id", number)
+    if not isinstance(problem_id, int | str):
+        raise ValueError(f"{where}: 'problem_id' must be a number or a text, found {problem_id!r}")
+    return Sample(
+        problem_id=problem_id,
+        problem=text("problem"),
+        data_type=data_type,
+        problem_type=one_of("problem_type", PROBLEM_TYPES),
+        options=tuple(options),
+        solution=text("solution"),
+        path=str(_resolve(relative, root, where)),
+        data_source=text("data_source", required=False),
+        process=text("process", required=False),
+        row=number,
+        extra=row,
+    )
+
+
+def _resolve(relative: str, root: Path, where: str) -> Path:
+    """A row names a file below the data root; it may not leave it."""
+    inside = Path(relative)
+    if inside.is_absolute() or ".." in inside.parts or "\0" in relative:
+        raise ValueError(f"{where}: 'path' must stay inside the data root, found {relative!r}")
+    return root / inside
+
+
+# -------------------------------------------------------------------------------------- prompts
+
+
+def load_template(path: str | None) -> str:
+    """The prompt template: our own, or a text file with {question} and maybe {answer_format}."""
+    if not path:
+        return TEMPLATE
+    if not Path(path).is_file():
+        raise ValueError(f"--prompt_template {path} does not exist")
+    template = Path(path).read_text(encoding="utf-8").rstrip("\n")
+    if "{question}" not in template:
+        raise ValueError(f"--prompt_template {path} does not hold {{question}}")
+    return template
+
+
+def question_text(sample: Sample, template: str = TEMPLATE) -> str:
+    """The user's turn without the picture. Braces in a question are left as they are."""
+    question = "\n".join([sample.problem, "Options:", *sample.options])
+    if not sample.options:
+        question = sample.problem
+    before, _, after = template.partition("{question}")
+    answer_format = ANSWER_FORMATS[sample.problem_type]
+    before, after = (part.replace("{answer_format}", answer_format) for part in (before, after))
+    return before + question + after
+
+
+def make_prompt(
+    sample: Sample,
+    tokenizer,
+    frames=None,
+    order: str = "ordered",
+    generator: torch.Generator | None = None,
+    *,
+    seconds_between_frames: float = 0.5,
+    template: str = TEMPLATE,
+    mean: tuple[float, ...] = CLIP_MEAN,
+    std: tuple[float, ...] = CLIP_STD,
+    **limits: int,
+) -> Prompt:
+    """Put one sample, with its frames in one order, through the chat template.
+
+    Args:
+        frames: uint8 (F, H, W, 3), or the pair that read_frames returns; None: read sample.path.
+        order: "ordered"; "shuffled", one permutation drawn from `generator`; "reversed";
+            "single", the middle frame in the place of every frame. An image knows no order.
+        seconds_between_frames: of `frames`, where it is not a pair.
+        limits: max_frames, min_pixels, max_pixels, image_max_pixels, where frames are read here.
+    Raises:
+        MediaError: the file cannot be used.
+        ValueError: the question or the template holds a vision token of its own.
+    """
+    if frames is None:
+        frames = decode(sample, **limits)
+    if isinstance(frames, tuple):
+        frames, seconds_between_frames = frames
+    frames = torch.as_tensor(frames)
+    if sample.is_video:
+        frames = reorder_frames(frames, order, generator)
+    pixel_values, grid_thw = patchify(frames, mean, std)
+
+    content = [{"type": sample.data_type}, {"type": "text", "text": question_text(sample, template)}]
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    vision_ids = [tokenizer.convert_tokens_to_ids(f"<|{kind}_pad|>") for kind in ("image", "video")]
+    places = [place for place, token in enumerate(ids) if token in vision_ids]
+    if len(places) != 1 or ids[places[0]] != vision_ids[sample.is_video]:
+        raise ValueError(
+            f"problem {sample.problem_id} (row {sample.row}): its prompt must hold one "
+            f"<|{sample.data_type}_pad|>, put there by the chat template, but holds {len(places)} "
+            "vision tokens: does the question or the template name one?"
+        )
+    start, count = places[0], int(grid_thw.prod()) // MERGE**2
+    ids = ids[:start] + [ids[start]] * count + ids[start + 1 :]
+    return Prompt(
+        input_ids=torch.tensor(ids),
+        vision_start=start,
+        pixel_values=pixel_values,
+        grid_thw=grid_thw,
+        seconds_per_grid=TEMPORAL_PATCH * float(seconds_between_frames) if sample.is_video else 0.0,
+        is_video=sample.is_video,
+        order=order if sample.is_video else "ordered",
+        sample=sample,
+    )
+
+
+def response_ids(sample: Sample, tokenizer) -> Tensor:
+    """The assistant's turn of an SFT row: process, line break, solution, end token. int64 (T,).
+
+    Raises:
+        ValueError: the row has no `process`.
+    """
+    if not sample.process.strip():
+        raise ValueError(f"problem {sample.problem_id} (row {sample.row}) has no 'process' to learn")
+    solution = sample.solution.strip()
+    if "<answer>" not in solution:
+        solution = f"<answer>{solution}</answer>"
+    text = f"{sample.process.strip()}\n{solution}"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return torch.tensor([*ids, tokenizer.eos_token_id])
+
+
+# --------------------------------------------------------------------------------------- frames
+
+
+def decode(
+    sample: Sample, max_frames=16, min_pixels=4 * 28 * 28, max_pixels=128 * 28 * 28,
+    image_max_pixels=256 * 28 * 28,
+) -> tuple[np.ndarray, float]:  # fmt: skip
+    """(uint8 (F, H, W, 3), seconds between frames) of a sample's file, in this process."""
+    if sample.is_video:
+        return read_frames(sample.path, max_frames, min_pixels, max_pixels)
+    return read_image(sample.path, min_pixels, image_max_pixels), 0.0
+
+
+def reorder_frames(
+    frames: Tensor, order: str, generator: torch.Generator | None = None
+) -> Tensor:
+    """The frames (F, H, W, 3) in another order.
+
+    A shuffle is never the identity where there is more than one frame: the shuffled group exists
+    to be without the order. It happens before frames are paired into temporal patches.
+    """
+    count = len(frames)
+    if order == "ordered":
+        return frames
+    if order == "shuffled":
+        places = torch.arange(count)
+        while count > 1 and torch.equal(places, torch.arange(count)):
+            places = torch.randperm(count, generator=generator)
+        return frames[places]
+    if order == "reversed":
+        return frames.flip(0)
+    if order == "single":
+        return frames[count // 2 : count // 2 + 1].expand(count, -1, -1, -1)
+    raise ValueError(f"order must be one of {', '.join(ORDERS)}, not {order!r}")
+
+
+def patchify(frames, mean=CLIP_MEAN, std=CLIP_STD) -> tuple[Tensor, Tensor]:
+    """Cut frames into Qwen2.5-VL's patches.
+
+    Args:
+        frames: uint8 (F, H, W, 3), H and W multiples of 28. An odd F repeats the last frame.
+        mean, std: of each colour channel, for values in [0, 1].
+    Returns:
+        pixel_values: float32 (N, 1176 = 3 colours x 2 frames x 14 x 14), the four patches that the
+            model merges next to each other; grid_thw: int64 (3,), (F / 2, H / 14, W / 14).
+    """
+    frames = torch.as_tensor(frames)
+    if len(frames) % TEMPORAL_PATCH:
+        frames = torch.cat([frames, frames[-1:]])
+    count, height, width, channels = frames.shape
+    assert height % (PATCH * MERGE) == width % (PATCH * MERGE) == 0, "sides must be multiples of 28"
+    t, h, w = count // TEMPORAL_PATCH, height // PATCH, width // PATCH
+    scale = 255 * torch.tensor(std, dtype=torch.float32)
+    shift = 255 * torch.tensor(mean, dtype=torch.float32)
+    pixels = (frames.float() - shift) / scale  # (F, H, W, 3)
+    pixels = pixels.view(t, TEMPORAL_PATCH, h // MERGE, MERGE, PATCH, w // MERGE, MERGE, PATCH, channels)
+    pixels = pixels.permute(0, 2, 5, 3, 6, 8, 1, 4, 7)  # (t, h/2, w/2, 2, 2, 3, 2, 14, 14)
+    return pixels.reshape(t * h * w, -1), torch.tensor([t, h, w])
+
+
+# --------------------------------------------------------------------------------------- loader
+
+
+def sample_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of one pass over the data: a permutation that depends on seed and epoch alone."""
+    return np.random.default_rng([seed, epoch]).permutation(num_samples)
+
+
+def step_indices(
+    num_samples: int, seed: int, step: int, batch_size: int, rank: int, world_size: int
+) -> list[int]:
+    """The samples of one rank in one step (counted from 0).
+
+    Steps take consecutive blocks of `batch_size` from the endless row of epochs, and ranks take
+    turns within a block, so the set of samples in a step does not depend on the number of ranks.
+    """
+    assert batch_size % world_size == 0, "the batch must divide evenly over the ranks"
+    places = range(step * batch_size + rank, (step + 1) * batch_size, world_size)
+    orders = {epoch: sample_order(num_samples, seed, epoch)
+              for epoch in {place // num_samples for place in places}}  # fmt: skip
+    return [int(orders[place // num_samples][place % num_samples]) for place in places]
+
+
+@dataclass(frozen=True)
+class Media:
+    """A sample with its decoded frames: uint8 (F, H, W, 3), and the seconds between them."""
+
+    sample: Sample
+    frames: np.ndarray
+    seconds_between_frames: float
+
+
+def load_steps(
+    samples: list[Sample],
+    pool: DecoderPool,
+    steps: range,
+    seed: int,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    limits: dict[str, int],
+    steps_ahead: int = 2,
+) -> Iterator[list[Media]]:
+    """This rank's decoded samples, step by step; `steps_ahead` steps are decoded in advance.
+
+    Raises:
+        MediaError: a file cannot be used.
+    """
+    waiting = deque()
+    for step in range(steps.start, steps.stop + steps_ahead):
+        if step < steps.stop:
+            indices = step_indices(len(samples), seed, step, batch_size, rank, world_size)
+            chosen = [samples[index] for index in indices]
+            waiting.append([(sample, submit_decode(pool, sample, limits)) for sample in chosen])
+        if step >= steps.start + steps_ahead:
+            yield [Media(sample, *future.result()) for sample, future in waiting.popleft()]
+
+
+def submit_decode(pool: DecoderPool, sample: Sample, limits: dict[str, int]):
+    """Start decoding a sample's file in a worker; a Future of (frames, seconds between frames)."""
+    if sample.is_video:
+        keys = ("max_frames", "min_pixels", "max_pixels")
+        return pool.submit("video", sample.path, **{key: limits[key] for key in keys})
+    return pool.submit(
+        "image", sample.path, min_pixels=limits["min_pixels"], max_pixels=limits["image_max_pixels"]
+    )
+
+

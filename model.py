@@ -1,0 +1,476 @@
+"""Qwen2.5-VL: loading, positions, the one vision call, packed log-probabilities.
+
+A group is one prompt and its G responses. All groups of a call form one row of tokens,
+
+    [prompt 1][response 1.1]..[response 1.G][prompt 2][response 2.1]..
+
+in which a response token sees its own prompt and its own response, and nothing else. A prompt is
+thus computed once rather than G times, nothing is padded, and the vision tower runs once per call,
+which also makes the number of sharded forward passes the same on every rank.
+
+Shapes: P prompts, G responses each, T positions of a response (right-padded), S prompt tokens,
+N tokens of the packed row, M response tokens among them, D hidden size, V vocabulary.
+"""
+
+import json
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import MethodType
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoTokenizer,
+    DynamicCache,
+    GenerationConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+# Logits of so many (token, vocabulary) pairs exist at a time: 256 MiB in float32.
+LOGITS_PER_CHUNK = 2**26
+PACKED = "packed"  # the name of our attention among those of transformers
+
+
+# ------------------------------------------------------------------------------------- positions
+
+
+def rope_positions(prompt, tokens_per_second: int = 2, merge_size: int = 2) -> Tensor:
+    """Qwen2.5-VL's multimodal rotary positions (time, height, width) of a prompt.
+
+    Text counts on all three axes. A vision token at (t, h, w) of the merged grid, after text that
+    ended before position p, has p + (floor(t * seconds_per_grid * tokens_per_second), h, w); an
+    image has t = 0. The text behind goes on at the largest position so far + 1, which is the rule
+    that the published weights were trained with; transformers 5 goes on at p + max(H, W) instead.
+
+    Args:
+        prompt: a Prompt, or anything with its fields input_ids (S,), vision_start, grid_thw (3,),
+            seconds_per_grid and is_video.
+    Returns:
+        int64 (3, S).
+
+    Example: two text tokens, a merged grid of 4 x 2 x 2 at 1.5 seconds per grid, two tokens a
+    second, then text: the grids stand at times 2, 5, 8, 11 and the text goes on at 12.
+    """
+    t, h, w = (int(x) for x in prompt.grid_thw)
+    h, w = h // merge_size, w // merge_size
+    seconds = prompt.seconds_per_grid if prompt.is_video else 0.0
+    # The product is taken in float32 as in Qwen's code, then truncated.
+    times = (torch.arange(t) * (seconds * tokens_per_second)).long()
+    grid = torch.meshgrid(times, torch.arange(h), torch.arange(w), indexing="ij")
+    vision = torch.stack(grid).flatten(1) + prompt.vision_start  # (3, t * h * w)
+    before = torch.arange(prompt.vision_start).expand(3, -1)
+    num_after = len(prompt.input_ids) - prompt.vision_start - vision.shape[1]
+    after = (torch.arange(num_after) + vision.max() + 1).expand(3, -1)
+    return torch.cat([before, vision, after], dim=1)  # (3, S)
+
+
+# --------------------------------------------------------------------------------------- packing
+
+
+@dataclass(frozen=True)
+class Pack:
+    """The packed row of several groups.
+
+    segments: for each prompt (start, prompt length, lengths of its responses), in tokens.
+    vision_places: where the placeholders are. sources, targets: for each response token the row's
+    index that predicts it, and its id.
+    """
+
+    input_ids: Tensor  # int64 (N,)
+    positions: Tensor  # int64 (3, N)
+    segments: list[tuple[int, int, list[int]]]
+    vision_places: Tensor  # int64 (number of merged patches,)
+    pixel_values: Tensor  # float32 (patches, 1176)
+    grid_thw: Tensor  # int64 (P, 3)
+    sources: Tensor  # int64 (M,)
+    targets: Tensor  # int64 (M,)
+
+    def to(self, device: torch.device) -> "Pack":
+        moved = {
+            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in vars(self).items()
+        }
+        return Pack(**moved)
+
+
+def pack_groups(prompts: list, responses: list[list[Tensor]], tokens_per_second: int = 2) -> Pack:
+    """Lay P prompts and their responses (int64 ids, each without padding) out in one row.
+
+    Raises:
+        ValueError: a prompt's placeholders are not as many as its merged patches; names it.
+    """
+    ids, positions, segments, places, sources, targets = [], [], [], [], [], []
+    start = 0
+    for prompt, group in zip(prompts, responses, strict=True):
+        _check_placeholders(prompt)
+        prompt_positions = rope_positions(prompt, tokens_per_second)  # (3, S)
+        end = start + len(prompt.input_ids)
+        ids.append(prompt.input_ids)
+        positions.append(prompt_positions)
+        places.append(start + prompt.vision_start + torch.arange(prompt.num_vision_tokens))
+        for response in group:
+            ids.append(response)
+            after = torch.arange(len(response)) + prompt_positions.max() + 1
+            positions.append(after.expand(3, -1))
+        segments.append((start, len(prompt.input_ids), [len(response) for response in group]))
+        for response in group:
+            if len(response):  # its first token is predicted by the prompt's last
+                sources += [torch.tensor([start + len(prompt.input_ids) - 1])]
+                sources += [torch.arange(end, end + len(response) - 1)]
+                targets.append(response)
+            end += len(response)
+        start = end
+    none = torch.empty(0, dtype=torch.long)
+    return Pack(
+        input_ids=torch.cat(ids),
+        positions=torch.cat(positions, dim=1),
+        segments=segments,
+        vision_places=torch.cat(places),
+        pixel_values=torch.cat([prompt.pixel_values for prompt in prompts]),
+        grid_thw=torch.stack([prompt.grid_thw for prompt in prompts]),
+        sources=torch.cat([none, *sources]),
+        targets=torch.cat([none, *targets]),
+    )
+
+
+def _check_placeholders(prompt) -> None:
+    """No model trains blind: the run of placeholders is as long as the vision features."""
+    start, count = prompt.vision_start, prompt.num_vision_tokens
+    token = prompt.input_ids[start]
+    found = int((prompt.input_ids == token).sum())
+    if found != count or not bool((prompt.input_ids[start : start + count] == token).all()):
+        raise ValueError(
+            f"problem {prompt.sample.problem_id} (row {prompt.sample.row}): {found} placeholders "
+            f"in its prompt, {count} vision features"
+        )
+
+
+def packed_attention(module, query, key, value, attention_mask, segments=None, **kwargs):
+    """Attention of a packed row; without `segments` it is transformers' own SDPA attention.
+
+    Cut into one call per prompt and one per response, since a mask over the whole row would pay
+    for every pair of responses: (S + G T)^2 scores rather than S^2 + G T (S + T).
+
+    Args:
+        query: (1, heads, N, head size). key, value: (1, key-value heads, N, head size).
+        segments: of the Pack.
+    Returns:
+        (1, N, heads, head size), and None in the place of the weights.
+    """
+    if segments is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    outputs = []
+
+    def attend(queries: slice, keys: Tensor, values: Tensor, mask: Tensor | None) -> None:
+        part = query[:, :, queries]
+        outputs.append(sdpa_attention_forward(module, part, keys, values, mask, **kwargs)[0])
+
+    for start, prompt_length, response_lengths in segments:
+        prompt = slice(start, start + prompt_length)
+        prompt_key, prompt_value = key[:, :, prompt], value[:, :, prompt]
+        attend(prompt, prompt_key, prompt_value, None)  # no mask means causal
+        end = prompt.stop
+        for length in response_lengths:
+            if length:
+                response = slice(end, end + length)
+                seen = torch.ones(length, prompt_length + length, dtype=torch.bool)
+                seen = seen.to(query.device).tril(prompt_length)  # causal, the prompt in full
+                keys = torch.cat([prompt_key, key[:, :, response]], dim=2)
+                values = torch.cat([prompt_value, value[:, :, response]], dim=2)
+                attend(response, keys, values, seen[None, None])
+                end += length
+    return torch.cat(outputs, dim=1), None
+
+
+AttentionInterface.register(PACKED, packed_attention)
+# For generate, whose rows are left-padded: under a name without a mask there would be none.
+AttentionMaskInterface.register(PACKED, sdpa_mask)
+
+
+def enable_packing(model: Qwen2_5_VLForConditionalGeneration) -> None:
+    """Give a model our attention and our two forward passes. Once is enough; twice is harmless.
+
+    They are bound as methods because FSDP gathers the weights around methods of the sharded
+    module (distributed.shard registers them), not around functions that take it as an argument.
+    """
+    model.model.language_model.config._attn_implementation = PACKED
+    model.packed_prefill = MethodType(packed_prefill, model)
+    model.packed_logprobs = MethodType(packed_logprobs, model)
+
+
+PACKED_METHODS = ("packed_prefill", "packed_logprobs")
+
+
+def _packed_hidden(model, pack: Pack, cache: DynamicCache | None = None) -> Tensor:
+    """The last hidden states (N, D) of a packed row: one vision call, one language model call."""
+    inner = model.model
+    pixels = pack.pixel_values.to(inner.visual.dtype)
+    features = inner.visual(pixels, grid_thw=pack.grid_thw).pooler_output  # (vision tokens, D)
+    embeds = inner.get_input_embeddings()(pack.input_ids)  # (N, D)
+    embeds = embeds.index_copy(0, pack.vision_places, features.to(embeds.dtype))
+    output = inner.language_model(
+        inputs_embeds=embeds[None],
+        position_ids=pack.positions[:, None],
+        attention_mask={"full_attention": None},  # packed_attention makes its own
+        past_key_values=cache,
+        use_cache=cache is not None,
+        segments=pack.segments,
+    )
+    return output.last_hidden_state[0]
+
+
+def packed_prefill(model, pack: Pack) -> DynamicCache:
+    """Run a packed row into a new key-value cache, each layer (1, key-value heads, N, size)."""
+    cache = DynamicCache(config=model.config.get_text_config())
+    _packed_hidden(model, pack, cache)
+    return cache
+
+
+def packed_logprobs(model, pack: Pack, forbidden: Tensor) -> Tensor:
+    """Log-probabilities, float32 (M,), of the response tokens of a packed row."""
+    hidden = _packed_hidden(model, pack)
+    # The last prompt token predicts the first token of all G responses: the backward of
+    # index_select adds up such repeats in a fixed order, that of hidden[sources] does not.
+    hidden = hidden.index_select(0, pack.sources)  # (M, D)
+    rows = max(1, LOGITS_PER_CHUNK // model.lm_head.weight.shape[0])
+    chunks = zip(hidden.split(rows), pack.targets.split(rows), strict=True)
+    # Logits are recomputed in the backward pass, so that one chunk of them exists at a time.
+    logps = [
+        checkpoint(token_logprobs, model.lm_head, chunk, target, forbidden, use_reentrant=False)
+        for chunk, target in chunks
+    ]
+    return torch.cat(logps)
+
+
+def token_logprobs(lm_head: nn.Module, hidden: Tensor, targets: Tensor, forbidden: Tensor) -> Tensor:
+    """log softmax(lm_head(hidden))[targets] in float32, forbidden tokens at -inf.
+
+    hidden: (M, D). targets: int64 (M,). forbidden: int64 token ids. Returns (M,).
+    """
+    logits = lm_head(hidden).float().index_fill(1, forbidden, -torch.inf)  # (M, V)
+    return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
+
+
+def group_logprobs(
+    model, prompts: list, completion_ids: Tensor, completion_mask: Tensor
+) -> Tensor:
+    """log pi(o_t | prompt, o_<t) of every token of every response: the pi of Eq. 4.
+
+    Equal to running each response behind its own copy of the prompt, pixels included (the tests
+    do so), at the cost of one prompt per group.
+
+    Args:
+        model: a Qwen2.5-VL, sharded or not. prompts: list of P Prompts.
+        completion_ids: int64 (P, G, T). completion_mask: bool (P, G, T), right-padded.
+    Returns:
+        float32 (P, G, T), 0 where the mask is false; with gradient if grad is enabled.
+    """
+    if not hasattr(model, "packed_logprobs"):
+        enable_packing(model)
+    mask = completion_mask.bool()
+    lengths = mask.sum(-1)  # (P, G)
+    assert torch.equal(mask, torch.arange(mask.shape[-1], device=mask.device) < lengths[..., None]), (
+        "completion_mask must be right-padded"
+    )
+    responses = [
+        [ids[:length].cpu() for ids, length in zip(group_ids, group_lengths, strict=True)]
+        for group_ids, group_lengths in zip(completion_ids, lengths.tolist(), strict=True)
+    ]
+    device = model.lm_head.weight.device
+    tokens_per_second = model.config.vision_config.tokens_per_second
+    pack = pack_groups(prompts, responses, tokens_per_second).to(device)
+    forbidden = torch.tensor(forbidden_tokens(model.config), device=device)
+    logps = model.packed_logprobs(pack, forbidden)  # (M,), in the order of the mask's true places
+    padded = torch.zeros(mask.shape, dtype=logps.dtype, device=device)
+    return padded.masked_scatter(mask.to(device), logps)
+
+
+# ---------------------------------------------------------------------------------------- tokens
+
+
+def forbidden_tokens(config) -> list[int]:
+    """Ids at -inf in sampler, policy and reference alike: that softmax *is* the policy.
+
+    The vision tokens, since a sampled <|video_pad|> asks the next pass for features that do not
+    exist, and padding, unless it is an end token.
+    """
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id",
+             "vision_token_id")  # fmt: skip
+    tokens = {getattr(config, name, None) for name in names}
+    padding = _token_ids(config, "pad_token_id")
+    tokens |= padding - _token_ids(config, "eos_token_id")
+    return sorted(tokens - {None})
+
+
+def _token_ids(config, name: str) -> set[int]:
+    """The ids that a config, or the text config in it, has under a name."""
+    for owner in (config, config.get_text_config()):
+        ids = getattr(owner, name, None)
+        if ids is not None:
+            return set(ids) if isinstance(ids, list) else {ids}
+    return set()
+
+
+def end_tokens(model) -> list[int]:
+    """The ids that end a response, by the checkpoint's generation_config (or else its config)."""
+    ends = model.generation_config.eos_token_id
+    if ends is None:
+        return sorted(_token_ids(model.config, "eos_token_id"))
+    return ends if isinstance(ends, list) else [ends]
+
+
+# --------------------------------------------------------------------------------------- loading
+
+
+def resolve_folder(name: str) -> Path:
+    """A local model folder as it is, a Hub id through the Hub's cache.
+
+    Raises:
+        ValueError: neither, or no Qwen2.5-VL; names it.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        if folder.exists() or name.count("/") != 1 or name.startswith((".", "/")):
+            raise ValueError(f"--model {name} is neither a folder nor a Hub id")
+        folder = _download(name)
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise ValueError(f"--model {name} holds no config.json: not a model folder")
+    try:
+        model_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"--model {name}: config.json is not JSON: {error}") from None
+    if model_type != "qwen2_5_vl":
+        raise ValueError(f"--model {name} is not a Qwen2.5-VL: its model_type is {model_type!r}")
+    return folder
+
+
+def _download(name: str) -> Path:
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
+    except (OSError, HfHubHTTPError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--model {name} is no folder, and not to be had from the Hub: {reason}") from None
+
+
+def load_model(name: str, device: torch.device, dtype: torch.dtype = torch.float32, shard=None):
+    """A Qwen2.5-VL with the weights of a folder or a Hub id.
+
+    The module is built without memory, then cut by `shard`, and only then filled, tensor by
+    tensor: a rank never holds more than its own part and one whole tensor.
+
+    Args:
+        dtype: of the parameters as they are kept.
+        shard: a function that shards the module in place (distributed.shard); None: whole.
+    Raises:
+        ValueError: no Qwen2.5-VL, or weights that do not fit its config; names the folder.
+    """
+    folder = resolve_folder(name)
+    config = AutoConfig.from_pretrained(folder)
+    if config.get_text_config().use_sliding_window:
+        raise ValueError(f"--model {name} uses sliding window attention, which is not supported")
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration(config).to(dtype)
+    model.tie_weights()
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    enable_packing(model)
+    if shard is not None:
+        shard(model)
+    model.to_empty(device=device)
+    if config.tie_word_embeddings:  # to_empty has made two parameters of the one
+        model.lm_head.weight = model.get_input_embeddings().weight
+    _rebuild_rotary_buffers(model, device)
+    _fill(model, folder)
+    return model
+
+
+def _rebuild_rotary_buffers(model: nn.Module, device: torch.device) -> None:
+    """Rotary frequencies are in no checkpoint: make them anew, they have no memory yet."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if hasattr(child, "inv_freq"):
+                setattr(parent, name, type(child)(child.config).to(device))
+    left = {name for name, _ in model.named_buffers() if not name.endswith("inv_freq")}
+    assert not left, f"buffers that nothing fills: {left}"
+
+
+def hub_name(name: str) -> str:
+    """The name that a parameter has in the official folders (transformers 4.5x, vLLM)."""
+    if name.startswith("model.language_model."):
+        return "model." + name.removeprefix("model.language_model.")
+    return name.removeprefix("model.")  # model.visual.* is visual.*, lm_head.weight stays
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """The file of every tensor of a folder, by the tensor's name in it."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return {k: folder / v for k, v in json.loads(index.read_text())["weight_map"].items()}
+    single = folder / "model.safetensors"
+    if not single.is_file():
+        raise ValueError(f"--model {folder} holds neither model.safetensors nor an index of shards")
+    with safe_open(single, framework="pt") as file:
+        return dict.fromkeys(file.keys(), single)
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, folder: Path) -> None:
+    files = weight_files(folder)
+    with ExitStack() as stack:
+        opened = {path: stack.enter_context(safe_open(path, framework="pt"))
+                  for path in sorted(set(files.values()))}  # fmt: skip
+        for name, parameter in model.named_parameters():  # a tied weight comes once
+            # Newer folders may carry transformers 5's own names.
+            stored = next((key for key in (hub_name(name), name) if key in files), None)
+            if stored is None:
+                raise ValueError(f"--model {folder} lacks the weight {hub_name(name)}")
+            tensor = opened[files[stored]].get_tensor(stored)
+            if tensor.shape != parameter.shape:
+                raise ValueError(
+                    f"--model {folder}: {stored} is {tuple(tensor.shape)}, its config.json says "
+                    f"{tuple(parameter.shape)}"
+                )
+            _copy_into(parameter, tensor)
+
+
+def _copy_into(parameter: Tensor, tensor: Tensor) -> None:
+    """Copy a whole tensor, or this rank's part of it, into a parameter."""
+    if isinstance(parameter, DTensor):  # every rank reads for itself: nothing is sent
+        tensor = tensor.to(parameter.to_local().device)
+        mesh, placements = parameter.device_mesh, parameter.placements
+        tensor = distribute_tensor(tensor, mesh, placements, src_data_rank=None).to_local()
+        parameter = parameter.to_local()
+    parameter.copy_(tensor)
+
+
+def load_tokenizer(name: str):
+    """The tokenizer of a model folder or Hub id, chat template included.
+
+    Raises:
+        ValueError: there is no chat template.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(resolve_folder(name))
+    if not tokenizer.chat_template:
+        raise ValueError(f"--model {name}: its tokenizer has no chat template")
+    return tokenizer
+
+
+def load_normalisation(name: str) -> dict[str, tuple[float, ...]]:
+    """mean and std per colour channel, from preprocessor_config.json, for make_prompt."""
+    file = resolve_folder(name) / "preprocessor_config.json"
+    if not file.is_file():
+        raise ValueError(f"--model {name} holds no preprocessor_config.json")
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    return {"mean": tuple(settings["image_mean"]), "std": tuple(settings["image_std"])}

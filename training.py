@@ -1,0 +1,125 @@
+"""What both training stages share: optimizer, schedule, the update, the run's folder and log."""
+
+import json
+import math
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from distributed import World
+
+
+def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW (App. D: Adam with weight decay). Biases and norms, the vectors, do not decay."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=True)
+
+
+def learning_rate_at(step: int, num_steps: int, peak: float, warmup_steps: int) -> float:
+    """The rate of a step counted from 0: a linear rise, then a half cosine down to 0."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    done = (step - warmup_steps) / max(1, num_steps - warmup_steps)
+    return peak * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def update(
+    model: nn.Module, optimizer: torch.optim.Optimizer, learning_rate: float, max_grad_norm: float
+) -> float:
+    """Clip, step, clear; returns the gradient's norm before the clip, over all ranks.
+
+    A norm that is not finite leaves the weights as they are: the caller logs it.
+    """
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    if math.isfinite(norm):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def num_steps(config, num_samples: int, world: World) -> int:
+    """Optimizer steps of a run: --max_steps, or as many as --num_epochs take, rounded up."""
+    batch_size = config.batch_size(world.size)
+    return config.max_steps or math.ceil(config.num_epochs * num_samples / batch_size)
+
+
+class PhaseTimer:
+    """Seconds by phase: `with timer("rollout"): ...`; phases of one name add up."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str):
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_available():  # else the next phase would be billed for this one's kernels
+            torch.cuda.synchronize()
+        elapsed = time.perf_counter() - start
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + elapsed
+
+
+class RunLog:
+    """metrics.jsonl, rollouts.jsonl, the console line and the progress bar, on rank 0 alone."""
+
+    def __init__(self, folder: Path, world: World, total_steps: int, name: str):
+        self.is_main = world.is_main
+        if self.is_main:
+            self.metrics_file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+            self.rollouts_file = None
+            self.folder = folder
+            self.bar = tqdm(total=total_steps, desc=name, unit="step", dynamic_ncols=True)
+
+    def metrics(self, metrics: dict[str, float | int]) -> None:
+        """One object into metrics.jsonl, the same on the console."""
+        if not self.is_main:
+            return
+        self.metrics_file.write(json.dumps(metrics) + "\n")
+        self.metrics_file.flush()
+        words = [f"{key} {_short(value)}" for key, value in metrics.items()]
+        self.bar.write("  ".join(words))
+        self.bar.update()
+
+    def rollouts(self, records: list[dict]) -> None:
+        """One line per record into rollouts.jsonl."""
+        if not self.is_main:
+            return
+        if self.rollouts_file is None:
+            self.rollouts_file = (self.folder / "rollouts.jsonl").open("a", encoding="utf-8")
+        for record in records:
+            self.rollouts_file.write(json.dumps(record) + "\n")
+        self.rollouts_file.flush()
+
+    def close(self) -> None:
+        if self.is_main:
+            self.metrics_file.close()
+            if self.rollouts_file is not None:
+                self.rollouts_file.close()
+            self.bar.close()
+
+
+def _short(value: float | int | Tensor) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.4g}"
+
+
+def claim_folder(folder: Path) -> None:
+    """Refuse an output folder that holds a run.
+
+    Raises:
+        ValueError: it does, or it is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output_dir {folder} is not a folder")
+    if (folder / "metrics.jsonl").exists():
+        raise ValueError(f"--output_dir {folder} holds a run already: name another, or delete it")
