@@ -19,8 +19,8 @@ decord returns wrong frames, without a word, in the cases below; each is met whe
 Shapes: F frames, H and W pixels. Times are in seconds, sizes in pixels.
 """
 
+import contextlib
 import ctypes
-import io
 import json
 import math
 import mmap
@@ -28,11 +28,13 @@ import os
 import queue
 import re
 import select
+import shutil
 import signal
 import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -168,12 +170,10 @@ def read_image(path, min_pixels=4 * 28 * 28, max_pixels=256 * 28 * 28):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the limit below is stricter than Pillow's warning
             with Image.open(path, formats=IMAGE_FORMATS) as image:
-                if image.width * image.height > MAX_SOURCE_PIXELS:
-                    raise MediaError(f"{path}: {image.width}x{image.height} is over the limit of "
-                                     f"{MAX_SOURCE_PIXELS} pixels")
+                width, height = image.size
+                if width * height > MAX_SOURCE_PIXELS:
+                    raise ValueError(f"{width}x{height} is over {MAX_SOURCE_PIXELS} pixels, a bomb")
                 image = to_rgb(ImageOps.exif_transpose(image))
-    except MediaError:
-        raise
     except (OSError, ValueError, SyntaxError, EOFError, struct.error,
             Image.DecompressionBombError) as error:
         raise MediaError(f"{path}: {error}") from error
@@ -302,17 +302,18 @@ def matroska_layout(path, data):
 def read_layout(path):
     """What the container's own headers say, and a refusal of what is cut short."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        kind = next((k for k, start in CONTAINERS.items() if re.match(start, data, re.S)), None)
-        if kind is None:
+        kinds = [kind for kind, start in CONTAINERS.items() if re.match(start, data, re.DOTALL)]
+        if not kinds:
             raise MediaError(f"{path}: not a video (mp4, mov, mkv, webm, avi, wmv, flv, mpg, ogv, "
                              "gif, y4m)")
-        if kind == "riff" and struct.unpack_from("<I", data, 4)[0] > len(data):
+        if kinds == ["riff"] and struct.unpack_from("<I", data, 4)[0] > len(data):
             raise MediaError(f"{path}: truncated, {len(data)} bytes")
         try:
-            return {"mp4": mp4_layout, "matroska": matroska_layout}.get(
-                kind, lambda *_: Layout())(path, data)
-        except (struct.error, IndexError) as error:
-            raise MediaError(f"{path}: damaged {kind} headers") from error
+            if kinds == ["mp4"]:
+                return mp4_layout(path, data)
+            return matroska_layout(path, data) if kinds == ["matroska"] else Layout()
+        except (struct.error, IndexError, ZeroDivisionError) as error:
+            raise MediaError(f"{path}: damaged {kinds[0]} headers") from error
 
 
 def upright(frame, matrix):
@@ -335,18 +336,19 @@ def open_video(path, layout):
     a, b, c, d = layout.matrix
     if (a and d and (b or c)) or (b and c and (a or d)):
         raise MediaError(f"{path}: turned by an angle that is no multiple of 90 degrees")
-    source = os.path.abspath(path)  # ffmpeg takes a bare "a:b" for a protocol
-    turned = b and c or a < 0 or d < 0
-    if turned:
-        # decord 0.6.0 turns the frame itself but not a mirrored one, decord2 3.4.0 returns garbage
-        # of four channels: neither is shown the matrix.
-        with open(path, "rb") as file:
-            data = bytearray(file.read())
-        struct.pack_into(">9i", data, layout.matrix_at, 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
-        source = io.BytesIO(data)
     # fault_tol: decord fills a frame that it lost with its neighbour; one is too many.
-    reader = decord.VideoReader(source, ctx=decord.cpu(0), num_threads=1, fault_tol=1e-9)
-    return reader, layout.matrix if turned else (1, 0, 0, 1)
+    options = {"ctx": decord.cpu(0), "num_threads": 1, "fault_tol": 1e-9}
+    if a > 0 and d > 0 or not any(layout.matrix):
+        # ffmpeg takes a bare "a:b" for a protocol, not so "/a:b".
+        return decord.VideoReader(os.path.abspath(path), **options), (1, 0, 0, 1)
+    # decord 0.6.0 turns the frame itself but not a mirrored one, decord2 3.4.0 returns garbage of
+    # four channels: they get a copy that says nothing of it. Not from memory: decord crashes there.
+    with open(path, "rb") as file, tempfile.TemporaryFile() as copy:
+        shutil.copyfileobj(file, copy)
+        copy.seek(layout.matrix_at)
+        copy.write(struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30))
+        copy.seek(0)
+        return decord.VideoReader(f"/dev/fd/{copy.fileno()}", **options), layout.matrix
 
 
 def read_timeline(reader, layout, path):
@@ -356,7 +358,10 @@ def read_timeline(reader, layout, path):
     the end. decord counts both.
     """
     total, fps = len(reader), reader.get_avg_fps()
-    stamps = np.asarray(reader.get_frame_timestamp(range(total)), np.float64)  # (total, 2)
+    try:
+        stamps = np.asarray(reader.get_frame_timestamp(range(total)), np.float64)  # (total, 2)
+    except IndexError:  # the headers count frames, the file has none
+        raise MediaError(f"{path}: holds none of its {total} frames") from None
     starts = stamps[:, 0]
     rated = math.isfinite(fps) and fps > 0
     if not rated and total > 1 and starts[-1] > starts[0]:
@@ -381,26 +386,26 @@ def exact_seek(reader, layout, hidden):
     It takes the place of a key frame in decoding order for its place in display order, which holds
     where nothing that follows a key frame is displayed before it.
     """
-    if hidden or layout.pts is None:
-        return layout.in_order
-    if len(layout.pts) != len(reader):
+    if layout.in_order:
+        return True
+    if hidden or layout.pts is None or len(layout.pts) != len(reader):
         return False
     place = np.argsort(np.argsort(layout.pts, kind="stable"))
-    keys = np.array(reader.get_key_indices())
-    return bool((place[keys] == keys).all())
+    keys = np.array(reader.get_key_indices(), np.int64)
+    return len(keys) > 0 and bool((place[keys] == keys).all())
 
 
-def decode_frames(reader, indices, total, exact):
+def decode_frames(reader, indices, exact):
     """Yield uint8 (H, W, 3) for each index of an ascending list without repeats.
 
-    Where seeking is not exact every frame is decoded, to the last, so that a lost one is noticed.
+    Where seeking is not exact every frame up to the last of them is decoded.
     """
     if exact:
         for index in indices:
             yield reader.get_batch([index]).asnumpy()[0]
     else:
         wanted = set(indices)
-        for index in range(total):
+        for index in range(indices[-1] + 1):
             frame = reader.next()
             if index in wanted:
                 yield frame.asnumpy()
@@ -443,8 +448,8 @@ def read_frames(path, max_frames=16, min_pixels=4 * 28 * 28, max_pixels=128 * 28
         indices, seconds = sample_indices(total, fps, max_frames, None if constant else edges)
         wanted, back = np.unique(indices, return_inverse=True)
         frames = []
-        for frame in decode_frames(reader, wanted.tolist(), total,
-                                   exact_seek(reader, layout, hidden)):
+        exact = exact_seek(reader, layout, hidden)
+        for frame in decode_frames(reader, wanted.tolist(), exact):
             if frame.shape[-1] != 3:
                 raise MediaError(f"{path}: decord returns frames of shape {frame.shape}")
             image = Image.fromarray(np.ascontiguousarray(upright(frame, matrix)))
@@ -459,11 +464,7 @@ def read_frames(path, max_frames=16, min_pixels=4 * 28 * 28, max_pixels=128 * 28
 
 def decode(kind, path, **limits):
     """One job of a worker: (uint8 (F, H, W, 3), seconds between frames, 0.0 for an image)."""
-    if kind == "video":
-        return read_frames(path, **limits)
-    if kind == "image":
-        return read_image(path, **limits), 0.0
-    raise ValueError(f"kind is 'video' or 'image', not {kind!r}")
+    return read_frames(path, **limits) if kind == "video" else (read_image(path, **limits), 0.0)
 
 
 def worker_main(parent):
@@ -494,7 +495,7 @@ def worker_main(parent):
             frames, seconds = decode(**json.loads(line))
         except MediaError as error:
             reply({"status": "media", "text": str(error)})
-        except Exception:  # a bug: the parent raises it, with this traceback
+        except Exception:  # noqa: BLE001  a bug: the parent raises it, with this traceback
             reply({"status": "bug", "text": traceback.format_exc()})
         else:
             reply({"status": "ok", "seconds": seconds, "shape": frames.shape}, frames.data)
@@ -535,15 +536,15 @@ class Worker:
         pixels = self.read(math.prod(header["shape"]), deadline)
         return header, np.frombuffer(pixels, np.uint8).reshape(header["shape"])
 
-    def run(self, job, timeout):
+    def run(self, path, request, timeout):
         """(frames, seconds) of one job; MediaError, or RuntimeError for a bug in the worker."""
-        path = job["path"]
         if not self.ready:
             self.start()
         try:
-            self.process.stdin.write(json.dumps(job).encode() + b"\n")
+            self.process.stdin.write(request)
             header, frames = self.receive(timeout)
         except TimeoutError:
+            self.process.kill()
             self.end()
             raise MediaError(f"{path}: not decoded within {timeout:g} seconds") from None
         except (EOFError, BrokenPipeError):
@@ -561,14 +562,15 @@ class Worker:
         try:
             self.receive(timeout=120)
         except (EOFError, TimeoutError):
+            self.process.kill()
             code = self.end()
             raise RuntimeError(f"the decoder process did not start (exit code {code})") from None
         self.ready = True
 
     def end(self):
-        """Kill the process if it still runs; its exit code, -N where signal N ended it."""
+        """Wait for a process that has hung up; its exit code, -N where signal N ended it."""
         try:
-            code = self.process.wait(0.2)  # let a crash in progress say its own signal
+            code = self.process.wait(5)
         except subprocess.TimeoutExpired:
             self.process.kill()
             code = self.process.wait()
@@ -612,41 +614,46 @@ class DecoderPool:
         """
         if self.closed:
             raise RuntimeError("the decoder pool is closed")
+        if kind not in {"video", "image"}:
+            raise ValueError(f"kind is 'video' or 'image', not {kind!r}")
+        request = json.dumps({"kind": kind, "path": os.fspath(path), **limits})
         future = Future()
-        self.jobs.put((future, {"kind": kind, "path": os.fspath(path), **limits}))
+        self.jobs.put((future, path, request.encode() + b"\n"))
         return future
 
     def serve(self, slot):
         """One thread: runs jobs on its process, one at a time."""
-        self.launch(slot)
-        while (item := self.jobs.get()) is not None:
-            future, job = item
+        while (job := self.jobs.get()) is not None:
+            future, path, request = job
             if not future.set_running_or_notify_cancel():
                 continue
             try:
-                if self.workers[slot].process.poll() is not None:
-                    self.launch(slot)
-                result = self.workers[slot].run(job, self.timeout)
-            except BaseException as error:  # all of it belongs to whoever awaits the result
-                future.set_exception(RuntimeError("the decoder pool was closed")
-                                     if self.closed else error)
+                result = self.worker(slot).run(path, request, self.timeout)
+            except BaseException as error:  # noqa: BLE001  whoever awaits the result gets it
+                closed = RuntimeError(f"{path}: the decoder pool was closed")
+                future.set_exception(closed if self.closed else error)
             else:
                 future.set_result(result)
 
-    def launch(self, slot):
-        """Start a process. The thread that owns it does so: it lives as long as that thread."""
+    def worker(self, slot):
+        """The process of a thread, a new one if it is gone.
+
+        Only that thread may start it: the kernel ends a worker together with the thread that
+        started it (PR_SET_PDEATHSIG), not with the whole process.
+        """
         with self.lock:
-            if not self.closed:
+            gone = slot not in self.workers or self.workers[slot].process.poll() is not None
+            if gone and not self.closed:
                 self.workers[slot] = Worker()
+            return self.workers[slot]
 
     def close(self):
         """End the processes; jobs that wait are cancelled, those that run fail."""
         with self.lock:
             self.closed = True
-        while not self.jobs.empty():
-            item = self.jobs.get()
-            if item is not None:
-                item[0].cancel()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self.jobs.get_nowait()[0].cancel()
         for worker in list(self.workers.values()):
             worker.process.kill()
         for _ in self.threads:

@@ -26,13 +26,15 @@ class Rollout:
     """The responses to one prompt.
 
     completion_ids: int64 (G, T). completion_mask: bool (G, T), true up to and including the end
-    token. sampler_logps: float32 (G, T), of the drawn tokens under the sampler's softmax, 0 where
-    the mask is false. texts: G strings, without the end token.
+    token. ended: bool (G,), false where the response was cut at the limit. sampler_logps: float32
+    (G, T), of the drawn tokens under the sampler's softmax, 0 where the mask is false. texts: G
+    strings, without the end token.
     """
 
     prompt: object
     completion_ids: Tensor
     completion_mask: Tensor
+    ended: Tensor
     sampler_logps: Tensor
     texts: list[str]
 
@@ -143,15 +145,15 @@ def sample_groups(
         logits_processor=LogitsProcessorList([sampler]),
     )  # fmt: skip
     ids = ids[:, inputs["input_ids"].shape[1] :].cpu()  # (R, T)
-    mask = response_mask(ids, ends)
+    is_end = torch.isin(ids, torch.tensor(ends))
+    mask = is_end.cumsum(-1) - is_end.long() == 0  # up to and including the first end token
+    ended = is_end.any(-1)
     logps = torch.where(mask, torch.stack(sampler.logps, dim=1).cpu(), 0.0)
+    columns = (column.split(group_sizes) for column in (ids, mask, ended, logps))
     return [
-        Rollout(prompt, *group, decode_texts(tokenizer, *group[:2], ends))
-        for prompt, *group in zip(
-            prompts, ids.split(group_sizes), mask.split(group_sizes), logps.split(group_sizes),
-            strict=True,
-        )
-    ]  # fmt: skip
+        Rollout(prompt, *group, decode_texts(tokenizer, group[0], group[1], ends))
+        for prompt, *group in zip(prompts, *columns, strict=True)
+    ]
 
 
 def _generate(model, generation_config: GenerationConfig, **inputs) -> Tensor:
@@ -208,12 +210,6 @@ def expand_cache(cache: DynamicCache, pack: Pack, group_sizes: list[int]) -> Dyn
     for index, layer in enumerate(cache.layers):
         expanded.update(rows(layer.keys), rows(layer.values), index)
     return expanded
-
-
-def response_mask(ids: Tensor, ends: list[int]) -> Tensor:
-    """bool (R, T): true up to and including the first end token of each row (ids as (R, T))."""
-    is_end = torch.isin(ids, torch.tensor(ends))
-    return is_end.cumsum(-1) - is_end.long() == 0
 
 
 def decode_texts(tokenizer, ids: Tensor, mask: Tensor, ends: list[int]) -> list[str]:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from distributed import World
@@ -81,10 +81,11 @@ class RunLog:
             self.folder = folder
             self.bar = tqdm(total=total_steps, desc=name, unit="step", dynamic_ncols=True)
 
-    def metrics(self, metrics: dict[str, float | int]) -> None:
-        """One object into metrics.jsonl, the same on the console."""
+    def metrics(self, metrics: dict[str, float | int | None]) -> None:
+        """One object into metrics.jsonl, the same on the console. null: not defined, or no number."""
         if not self.is_main:
             return
+        metrics = {key: value if _is_number(value) else None for key, value in metrics.items()}
         self.metrics_file.write(json.dumps(metrics) + "\n")
         self.metrics_file.flush()
         words = [f"{key} {_short(value)}" for key, value in metrics.items()]
@@ -109,8 +110,12 @@ class RunLog:
             self.bar.close()
 
 
-def _short(value: float | int | Tensor) -> str:
-    return str(value) if isinstance(value, int) else f"{value:.4g}"
+def _is_number(value: float | int | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _short(value: float | int | None) -> str:
+    return str(value) if value is None or isinstance(value, int) else f"{value:.4g}"
 
 
 def claim_folder(folder: Path) -> None:

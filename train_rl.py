@@ -1,0 +1,416 @@
+"""Stage 2: T-GRPO reinforcement learning (Sections 3.2 and 3.3).
+
+    torchrun --standalone --nproc_per_node 2 train_rl.py                      the embedded toy
+    torchrun --nproc_per_node 8 train_rl.py --model runs/sft/model \\
+        --data Video-R1-data/Video-R1-260k.json
+
+Each step, on every rank: sample G responses to a prompt with its frames in order and G~ with the
+frames shuffled; score them; add the temporal and the length reward; normalise within the group;
+take the clipped objective with a KL to the frozen reference. Images get plain GRPO.
+"""
+
+import os
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import toy
+import train_sft
+from checkpoint import export_model
+from config import TrainConfig, flag, parse_config, require, save_config
+from data import DecoderPool, Media, load_samples, load_steps, load_template, make_prompt
+from distributed import (
+    World,
+    gather_to_main,
+    log,
+    main_does,
+    max_over_ranks,
+    peak_memory_gib,
+    process_group,
+    run,
+    shard,
+    sum_over_ranks,
+    unsharded,
+)
+from model import PACKED_METHODS, group_logprobs, load_model, load_normalisation, load_tokenizer
+from rewards import accuracy_reward, check_solution, format_reward
+from sampling import Rollout, derive_seed, sample_groups
+from tgrpo import (
+    add_length_reward,
+    add_temporal_reward,
+    group_advantages,
+    temporal_reward,
+    tgrpo_loss,
+)
+from training import (
+    PhaseTimer,
+    RunLog,
+    claim_folder,
+    learning_rate_at,
+    make_optimizer,
+    num_steps,
+    update,
+)
+
+REAL_COMMAND = (
+    "torchrun --nproc_per_node 8 train_rl.py --model runs/sft/model "
+    "--data Video-R1-data/Video-R1-260k.json"
+)
+ORDERED, SHUFFLED, PERMUTATION = range(3)  # the fourth part of a random number's key
+
+
+@dataclass
+class RLConfig(TrainConfig):
+    """Flags of stage 2."""
+
+    output_dir: str = flag("runs/rl", "the run's folder")
+    max_steps: int = flag(1000, "optimizer steps (Sec. 4.1); 0: by --num_epochs")
+    group_size: int = flag(8, "G, responses to the ordered frames (Sec. 4.1)")
+    shuffled_group_size: int = flag(4, "G~, responses to the shuffled frames (Sec. 4.1)")
+    max_new_tokens: int = flag(768, "length of a response at most, in tokens (App. D)")
+    correct_threshold: float = flag(0.5, "accuracy reward of a correct response (Sec. 3.2)")
+    temporal: bool = flag(True, "the temporal reward, Eq. 1 and 2; false: plain GRPO")
+    temporal_target: str = flag("reward", "what r_t is added to: reward (Eq. 2) or advantage")
+    alpha: float = flag(0.3, "temporal reward (Eq. 1)")
+    length_reward: bool = flag(True, "the length reward, Eq. 5")
+    omega: float = flag(0.2, "length reward (Eq. 5)")
+    l_min: int = flag(320, "shortest rewarded response, in tokens (Eq. 5)")
+    l_max: int = flag(512, "longest rewarded response, in tokens (Eq. 5)")
+    beta: float = flag(0.04, "weight of the KL (Eq. 4, App. D)")
+    clip_eps: float = flag(0.2, "clip range of the ratio (Eq. 4; the paper gives none)")
+    ratio_level: str = flag("token", "ratio of Eq. 4 per token, or per sequence as printed")
+    num_iterations: int = flag(1, "updates on the same rollouts")
+
+    def check(self, world_size: int) -> None:
+        super().check(world_size)
+        require(self.group_size >= 2, "--group_size must be at least 2: Eq. 3 compares responses")
+        for name in ("shuffled_group_size", "max_new_tokens", "num_iterations"):
+            require(getattr(self, name) >= 1, f"--{name} must be at least 1")
+        for name in ("alpha", "omega", "beta", "clip_eps", "l_min"):
+            require(getattr(self, name) >= 0, f"--{name} must not be negative")
+        require(self.l_max >= self.l_min, "--l_max is below --l_min")
+        targets, levels = ("reward", "advantage"), ("token", "sequence")
+        require(self.temporal_target in targets, "--temporal_target takes reward or advantage")
+        require(self.ratio_level in levels, "--ratio_level takes token or sequence")
+
+
+def toy_defaults(world_size: int) -> dict:
+    """What the toy changes. Its 8 prompts a step are the same for 1, 2, 4 and 8 ranks."""
+    return {
+        "model": str(toy.SFT / "model"), "data": str(toy.RL_DATA), "output_dir": str(toy.RL),
+        "max_steps": 150, "prompts_per_rank": max(1, 8 // world_size), "learning_rate": 2e-4,
+        "warmup_steps": 5, "max_frames": toy.NUM_FRAMES, "max_new_tokens": 40, "l_min": 16,
+        "l_max": 32, "num_workers": 1, "activation_checkpointing": False,
+    }  # fmt: skip
+
+
+# ----------------------------------------------------------------------------- the parts of a step
+
+
+@dataclass(frozen=True)
+class Group:
+    """The G responses to one prompt, scored. Every tensor is (G,) unless it says otherwise."""
+
+    ordered: Rollout
+    shuffled: Rollout | None  # None: an image, or plain GRPO
+    accuracy: Tensor  # float64
+    format: Tensor  # float64
+    correct: Tensor  # bool
+    accuracy_shuffled: Tensor | None  # float64 (G~,)
+    r_t: float  # Eq. 1
+    temporal: Tensor  # float64, what Eq. 2 added
+    length_reward: Tensor  # float64, what Eq. 5 added
+    rewards: Tensor  # float64, the R_i that Eq. 3 normalises
+    advantages: Tensor  # float64
+
+
+def sample_rollouts(
+    policy, tokenizer, batch: list[Media], config: RLConfig, step: int, prompt_options: dict
+) -> list[tuple[Rollout, Rollout | None]]:
+    """Responses to the ordered and, for videos, to the shuffled frames, in one batch."""
+    prompts, keys = [], []
+
+    def ask(media: Media, order: str, group: int, size: int) -> None:
+        key = (config.seed, step, media.sample.row)
+        generator = torch.Generator().manual_seed(derive_seed(*key, PERMUTATION))
+        frames = (media.frames, media.seconds_between_frames)
+        prompts.append(
+            make_prompt(media.sample, tokenizer, frames, order, generator, **prompt_options)
+        )
+        keys.append([(*key, group, row) for row in range(size)])
+
+    with_shuffled = [config.temporal and media.sample.is_video for media in batch]
+    for media, also_shuffled in zip(batch, with_shuffled, strict=True):
+        ask(media, "ordered", ORDERED, config.group_size)
+        if also_shuffled:
+            ask(media, "shuffled", SHUFFLED, config.shuffled_group_size)
+    rollouts = iter(sample_groups(policy, tokenizer, prompts, keys, config.max_new_tokens))
+    return [(next(rollouts), next(rollouts) if also else None) for also in with_shuffled]
+
+
+def score_group(ordered: Rollout, shuffled: Rollout | None, config: RLConfig) -> Group:
+    """Rewards and advantages of one prompt's responses: Section 3.1, then Eq. 1, 2, 5 and 3."""
+    sample = ordered.prompt.sample
+
+    def accuracies(texts: list[str]) -> Tensor:
+        scores = [accuracy_reward(text, sample.solution, sample.problem_type) for text in texts]
+        return torch.tensor(scores, dtype=torch.float64)
+
+    accuracy = accuracies(ordered.texts)  # (G,)
+    format_ = torch.tensor([format_reward(text) for text in ordered.texts], dtype=torch.float64)
+    correct = accuracy >= config.correct_threshold
+    rewards = accuracy + format_  # r_i
+
+    r_t, accuracy_shuffled = 0.0, None
+    if shuffled is not None:
+        accuracy_shuffled = accuracies(shuffled.texts)  # (G~,)
+        correct_shuffled = accuracy_shuffled >= config.correct_threshold
+        r_t = temporal_reward(correct, correct_shuffled, config.alpha)  # Eq. 1
+    temporal = add_temporal_reward(torch.zeros_like(rewards), correct, r_t)
+    if config.temporal_target == "reward":
+        rewards = add_temporal_reward(rewards, correct, r_t)  # Eq. 2
+    length_reward = torch.zeros_like(rewards)
+    if config.length_reward:
+        window = (config.omega, config.l_min, config.l_max)
+        length_reward = add_length_reward(length_reward, correct, ordered.lengths, *window)
+        rewards = add_length_reward(rewards, correct, ordered.lengths, *window)  # Eq. 5
+    advantages = group_advantages(rewards)  # Eq. 3
+    if config.temporal_target == "advantage":  # the end of Section 3.2
+        advantages = add_temporal_reward(advantages, correct, r_t)
+    return Group(
+        ordered, shuffled, accuracy, format_, correct, accuracy_shuffled, r_t, temporal,
+        length_reward, rewards, advantages,
+    )  # fmt: skip
+
+
+def logprobs(model, groups: list[Group]) -> Tensor:
+    """float32 (P, G, T): log-probabilities of the ordered responses of P groups."""
+    prompts = [group.ordered.prompt for group in groups]
+    return group_logprobs(model, prompts, *completions(groups))
+
+
+def completions(groups: list[Group]) -> tuple[Tensor, Tensor]:
+    """Ids int64 and mask bool, (P, G, T) both, of groups that were sampled together."""
+    ids = torch.stack([group.ordered.completion_ids for group in groups])
+    return ids, torch.stack([group.ordered.completion_mask for group in groups])
+
+
+def update_policy(
+    policy,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: list[list[Group]],
+    logps_ref: list[Tensor],
+    config: RLConfig,
+    world: World,
+    learning_rate: float,
+) -> dict[str, float]:
+    """Eq. 4 on one step's groups: --num_iterations times forward, backward, clip and step.
+
+    Returns this rank's share of loss, kl and clip_fraction (means over the iterations, to be
+    summed over ranks), the gradient's norm, and sums for logp_gap.
+    """
+    total_prompts = config.batch_size(world.size)
+    logps_old: list[Tensor] = []
+    metrics = dict.fromkeys(("loss", "kl", "clip_fraction", "gap_sum", "gap_count"), 0.0)
+    for iteration in range(config.num_iterations):
+        for number, groups in enumerate(micro_batches):
+            logp = logprobs(policy, groups)  # (P, G, T), with gradient
+            mask = completions(groups)[1].to(logp.device)
+            if iteration == 0:  # before the first update the policy is the one that sampled
+                logps_old.append(logp.detach())
+                sampled = torch.stack([group.ordered.sampler_logps for group in groups])
+                metrics["gap_sum"] += float((sampled - logp.detach().cpu()).abs().sum())
+                metrics["gap_count"] += int(mask.sum())
+            advantages = torch.stack([group.advantages for group in groups]).to(logp.device)
+            loss, parts = tgrpo_loss(
+                logp, logps_old[number], logps_ref[number], advantages, mask,
+                config.clip_eps, config.beta, config.ratio_level,
+            )  # fmt: skip
+            # Every prompt of the step weighs the same, however it is cut into micro-batches and
+            # ranks. FSDP averages the ranks' gradients, so their number is multiplied back in.
+            weight = len(groups) / total_prompts
+            (loss * weight * world.size).backward()
+            for name, value in {"loss": loss.detach(), **parts}.items():
+                metrics[name] += float(value) * weight / config.num_iterations
+        metrics["grad_norm"] = update(policy, optimizer, learning_rate, config.max_grad_norm)
+    return metrics
+
+
+# ---------------------------------------------------------------------------------------- the loop
+
+
+def train(config: RLConfig, world: World) -> None:
+    """Run T-GRPO and leave config.json, metrics.jsonl, rollouts.jsonl and model/."""
+    folder = Path(config.output_dir)
+    claim_folder(folder)
+    samples = load_samples(config.data, config.data_root or None)
+    samples = [sample for sample in samples if sample.data_type in config.data_types]
+    for sample in samples:
+        check_solution(sample.solution, sample.problem_type)
+    tokenizer = load_tokenizer(config.model)
+    prompt_options = {"template": load_template(config.prompt_template),
+                      **load_normalisation(config.model)}  # fmt: skip
+
+    policy = load_model(
+        config.model, world.device,
+        shard=partial(shard, world=world, forward_methods=PACKED_METHODS),
+    )  # fmt: skip
+    if config.activation_checkpointing:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
+    reference = load_model(  # frozen: it needs no more digits than it computes with
+        config.model, world.device,
+        dtype=torch.bfloat16 if world.device.type == "cuda" else torch.float32,
+        shard=partial(shard, world=world, forward_methods=PACKED_METHODS, trainable=False),
+    )  # fmt: skip
+    optimizer = make_optimizer(policy, config.learning_rate, config.weight_decay)
+
+    total_steps = num_steps(config, len(samples), world)
+    main_does(world, lambda: (folder.mkdir(parents=True, exist_ok=True), save_config(config, folder)))
+    run_log = RunLog(folder, world, total_steps, "rl")
+    with DecoderPool(config.num_workers, config.decode_timeout) as pool:
+        batches = load_steps(
+            samples, pool, range(total_steps), config.seed, config.batch_size(world.size),
+            world.rank, world.size, config.limits(),
+        )  # fmt: skip
+        for step in range(total_steps):
+            timer = PhaseTimer()
+            rate = learning_rate_at(step, total_steps, config.learning_rate, config.warmup_steps)
+            with timer("data"):
+                batch = next(batches)
+                cuts = range(0, len(batch), config.prompts_per_rank)
+                batches_of_step = [batch[cut : cut + config.prompts_per_rank] for cut in cuts]
+            with timer("rollout"), unsharded(policy):
+                rollouts = [
+                    sample_rollouts(policy, tokenizer, micro, config, step, prompt_options)
+                    for micro in batches_of_step
+                ]
+            with timer("reward"):
+                micro_batches = [
+                    [score_group(ordered, shuffled, config) for ordered, shuffled in micro]
+                    for micro in rollouts
+                ]
+            with timer("reference"), torch.no_grad():
+                logps_ref = [logprobs(reference, groups) for groups in micro_batches]
+            with timer("update"):
+                updated = update_policy(
+                    policy, optimizer, micro_batches, logps_ref, config, world, rate
+                )
+            groups = [group for micro in micro_batches for group in micro]
+            run_log.metrics(step_metrics(step, groups, updated, rate, timer, world))
+            records = gather_to_main([rollout_record(step, group) for group in groups], world)
+            run_log.rollouts([record for rank in records or [] for record in rank])
+    export_model(policy, config.model, folder / "model", world)
+    run_log.close()
+    log(f"model written to {folder / 'model'}")
+
+
+# ------------------------------------------------------------------------------------- the record
+
+
+def step_metrics(
+    step: int,
+    groups: list[Group],
+    updated: dict[str, float],
+    rate: float,
+    timer: PhaseTimer,
+    world: World,
+) -> dict[str, float | int | None]:
+    """One line of metrics.jsonl, over all ranks; the README explains each key."""
+    videos = [group for group in groups if group.shuffled is not None]
+    rollouts = [group.ordered for group in groups]
+    everyone = rollouts + [group.shuffled for group in videos]
+
+    def total(tensors: list[Tensor]) -> float:
+        return float(sum(float(tensor.sum()) for tensor in tensors))
+
+    sums = sum_over_ranks({
+        **{name: updated[name] for name in ("loss", "kl", "clip_fraction", "gap_sum", "gap_count")},
+        "groups": len(groups), "videos": len(videos),
+        "responses": total([torch.ones(len(rollout.texts)) for rollout in rollouts]),
+        "video_responses": total([torch.ones_like(group.accuracy) for group in videos]),
+        "shuffled_responses": total([torch.ones_like(g.accuracy_shuffled) for g in videos]),
+        "reward": total([group.rewards for group in groups]),
+        "accuracy": total([group.accuracy for group in groups]),
+        "accuracy_shuffled": total([group.accuracy_shuffled for group in videos]),
+        "format": total([group.format for group in groups]),
+        "temporal": sum(group.r_t > 0 for group in videos),
+        "temporal_earned": total([group.temporal > 0 for group in videos]),
+        "length_reward": total([group.length_reward for group in groups]),
+        "length": total([rollout.lengths for rollout in rollouts]),
+        "cut": total([~rollout.ended for rollout in rollouts]),
+        "zero_std": sum(bool((group_advantages(group.rewards) == 0).all()) for group in groups),
+        "tokens": total([rollout.lengths for rollout in everyone]),
+    })  # fmt: skip
+    peaks = max_over_ranks({"memory": peak_memory_gib(world.device), **timer.seconds})
+    seconds = sum(peaks[phase] for phase in timer.seconds)
+
+    def mean(name: str, count: str) -> float | None:
+        return sums[name] / sums[count] if sums[count] else None
+
+    return {
+        "step": step + 1,
+        "reward": mean("reward", "responses"),
+        "accuracy": mean("accuracy", "responses"),
+        "accuracy_shuffled": mean("accuracy_shuffled", "shuffled_responses"),
+        "format": mean("format", "responses"),
+        "temporal": mean("temporal", "videos"),
+        "temporal_earned": mean("temporal_earned", "video_responses"),
+        "length_reward": mean("length_reward", "responses"),
+        "completion_length": mean("length", "responses"),
+        "clipped_length": mean("cut", "responses"),
+        "zero_std": mean("zero_std", "groups"),
+        "kl": sums["kl"],
+        "clip_fraction": sums["clip_fraction"],
+        "loss": sums["loss"],
+        "grad_norm": updated["grad_norm"],
+        "lr": rate,
+        "logp_gap": mean("gap_sum", "gap_count"),
+        "seconds": seconds,
+        **{f"seconds_{phase}": peaks[phase] for phase in timer.seconds},
+        "tokens_per_second": sums["tokens"] / seconds,
+        "peak_memory_gib": round(peaks["memory"], 2),
+    }
+
+
+def rollout_record(step: int, group: Group) -> dict:
+    """One line of rollouts.jsonl: a prompt, its responses and each part of their rewards."""
+    sample = group.ordered.prompt.sample
+    columns = {
+        "text": group.ordered.texts, "length": group.ordered.lengths.tolist(),
+        "accuracy": group.accuracy.tolist(), "format": group.format.tolist(),
+        "temporal": group.temporal.tolist(), "length_reward": group.length_reward.tolist(),
+        "reward": group.rewards.tolist(), "advantage": group.advantages.tolist(),
+    }  # fmt: skip
+    record = {
+        "step": step + 1, "problem_id": sample.problem_id, "row": sample.row, "path": sample.path,
+        "problem_type": sample.problem_type, "problem": sample.problem,
+        "options": sample.options, "solution": sample.solution, "r_t": group.r_t,
+        "responses": [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)],
+        "shuffled_responses": [],
+    }  # fmt: skip
+    if group.shuffled is not None:
+        pairs = zip(group.shuffled.texts, group.accuracy_shuffled.tolist(), strict=True)
+        record["shuffled_responses"] = [{"text": text, "accuracy": a} for text, a in pairs]
+    return record
+
+
+def main() -> None:
+    defaults = toy_defaults(int(os.environ.get("WORLD_SIZE", 1)))
+    config, is_toy = parse_config(RLConfig, defaults, REAL_COMMAND)
+    with process_group() as world:
+        config.check(world.size)
+        if is_toy:
+            log(f"the embedded toy (neither --model nor --data given); a real run: {REAL_COMMAND}")
+            main_does(world, toy.ensure_toy)
+            if not (toy.SFT / "model").is_dir():
+                log(f"{toy.SFT / 'model'} is not there: the cold start (train_sft.py) comes first")
+                cold_start = train_sft.toy_defaults(world.size) | {"seed": config.seed}
+                train_sft.train(train_sft.SFTConfig(**cold_start), world)
+        train(config, world)
+
+
+if __name__ == "__main__":
+    run(main)
