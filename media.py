@@ -61,7 +61,7 @@ def smart_resize(height, width, min_pixels, max_pixels, factor=FACTOR):
     possible, and the aspect ratio is kept as nearly as possible.
 
     >>> smart_resize(480, 640, 4 * 28 * 28, 128 * 28 * 28)
-    (252, 336)
+    (252, 364)
     """
     h, w = round(height / factor) * factor, round(width / factor) * factor
     if h * w > max_pixels:
@@ -84,10 +84,11 @@ def sample_indices(total, fps, max_frames, edges=None, target_fps=2.0, min_frame
 
     Args:
         total: frames in the clip.
-        fps: frames per second.
+        fps: frames per second, None with edges.
         edges: None for a constant rate: frame floor(k * total / n), in integers (transformers
-            computes it in float32). Else float (total + 1,), the seconds at which each frame
-            appears and, last, the end: the frame shown at k * duration / n.
+            computes it in float32, and one frame too many in 1 of 14,000 cases). Else float
+            (total + 1,), the seconds at which each frame appears and, last, the end: the frame
+            shown at k * duration / n.
 
     Returns:
         (list of n ascending indices, seconds between two of them).
@@ -126,7 +127,7 @@ def resize(image, min_pixels, max_pixels, path):
     """A Pillow RGB image to uint8 (H, W, 3) at smart_resize's size, bicubic."""
     width, height = image.size
     if max(height, width) > MAX_ASPECT * min(height, width):
-        raise MediaError(f"{path}: {width}x{height} is more than {MAX_ASPECT} times as long as wide")
+        raise MediaError(f"{path}: {width}x{height} has one side over {MAX_ASPECT} times the other")
     h, w = smart_resize(height, width, min_pixels, max_pixels)
     if (h, w) != (height, width):
         image = image.resize((w, h), Image.Resampling.BICUBIC)
@@ -168,7 +169,7 @@ def read_image(path, min_pixels=4 * 28 * 28, max_pixels=256 * 28 * 28):
     check_file(path)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the limit below is stricter than Pillow's warning
+            warnings.simplefilter("ignore")  # of bombs: the limit below refuses them
             with Image.open(path, formats=IMAGE_FORMATS) as image:
                 width, height = image.size
                 if width * height > MAX_SOURCE_PIXELS:
@@ -352,7 +353,7 @@ def open_video(path, layout):
 
 
 def read_timeline(reader, layout, path):
-    """When each frame appears: (float (total + 1,) seconds with the end, fps, frames hidden).
+    """When each frame appears: (float (total + 1,) seconds, the end last; frames hidden before).
 
     An mp4 edit list hides frames at the start, which the decoder needs but does not return, and at
     the end. decord counts both.
@@ -362,22 +363,35 @@ def read_timeline(reader, layout, path):
         stamps = np.asarray(reader.get_frame_timestamp(range(total)), np.float64)  # (total, 2)
     except IndexError:  # the headers count frames, the file has none
         raise MediaError(f"{path}: holds none of its {total} frames") from None
-    starts = stamps[:, 0]
-    rated = math.isfinite(fps) and fps > 0
-    if not rated and total > 1 and starts[-1] > starts[0]:
-        fps, rated = (total - 1) / (starts[-1] - starts[0]), True
-    if not rated:
-        raise MediaError(f"{path}: says neither a frame rate nor when its frames appear")
-    if not np.isfinite(starts).all() or np.abs(starts).max() > 1e7:  # AVI and MPEG give no stamps
-        return np.arange(total + 1) / fps, fps, 0
-    end = stamps[-1, 1] if stamps[-1, 1] > starts[-1] else starts[-1] + 1 / fps
-    edges = np.append(starts, end)
+    starts, length = stamps[:, 0], stamps[-1, 1] - stamps[-1, 0]
+    rated = 0 < fps < math.inf
+    if not np.isfinite(stamps).all() or np.abs(stamps).max() > 1e7:  # AVI and MPEG often have none
+        if not rated:
+            raise MediaError(f"{path}: says neither a frame rate nor when its frames appear")
+        return np.arange(total + 1) / fps, 0
+    if length <= 0:
+        length = 1 / fps if rated else starts[-1] - starts[-2:][0]
+    edges = np.append(starts, starts[-1] + length)
     if layout.shown is None:
-        return edges, fps, 0
-    first, last = np.searchsorted(edges[:-1], [-5e-4, layout.shown - 5e-4])
+        return edges, 0
+    first, last = np.searchsorted(starts, [-5e-4, layout.shown - 5e-4])  # half a tick of 1/1000 s
     if first == last:
         raise MediaError(f"{path}: its edit list shows no frame")
-    return np.append(edges[first:last], min(edges[last], layout.shown)), fps, int(first)
+    return np.append(starts[first:last], min(edges[last], layout.shown)), int(first)
+
+
+def constant_rate(starts, fps):
+    """The rate at which no frame of starts (total,) is half a frame off its place, or None.
+
+    The container's own fps before the stamps' mean: stamps are rounded, in Matroska to 1/1000 s.
+    """
+    span = starts[-1] - starts[0]
+    for rate in (fps, (len(starts) - 1) / span if span > 0 else math.nan):
+        if 0 < rate < math.inf:
+            drift = np.abs(starts - starts[0] - np.arange(len(starts)) / rate).max()
+            if drift < 0.5 / rate:
+                return rate
+    return None
 
 
 def exact_seek(reader, layout, hidden):
@@ -441,11 +455,10 @@ def read_frames(path, max_frames=16, min_pixels=4 * 28 * 28, max_pixels=128 * 28
     try:
         layout = read_layout(path)
         reader, matrix = open_video(path, layout)
-        edges, fps, hidden = read_timeline(reader, layout, path)
-        total = len(edges) - 1
-        drift = np.abs(edges[:-1] - edges[0] - np.arange(total) / fps).max()
-        constant = drift < 0.5 / fps
-        indices, seconds = sample_indices(total, fps, max_frames, None if constant else edges)
+        edges, hidden = read_timeline(reader, layout, path)
+        rate = constant_rate(edges[:-1], reader.get_avg_fps())
+        indices, seconds = sample_indices(len(edges) - 1, rate, max_frames,
+                                          edges if rate is None else None)
         wanted, back = np.unique(indices, return_inverse=True)
         frames = []
         exact = exact_seek(reader, layout, hidden)
@@ -506,7 +519,7 @@ class Worker:
 
     def __init__(self):
         command = [sys.executable, os.path.abspath(__file__), "--worker", str(os.getpid())]
-        # Unbuffered, so that select sees what there is to read. numpy's threads have nothing to do.
+        # Unbuffered, so that poll sees what there is to read. numpy's threads have nothing to do.
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         bufsize=0, env=os.environ | {"OPENBLAS_NUM_THREADS": "1"})
         self.ready = False
@@ -562,7 +575,6 @@ class Worker:
         try:
             self.receive(timeout=120)
         except (EOFError, TimeoutError):
-            self.process.kill()
             code = self.end()
             raise RuntimeError(f"the decoder process did not start (exit code {code})") from None
         self.ready = True
@@ -612,13 +624,14 @@ class DecoderPool:
         The Future raises MediaError for a file that is refused, that crashed its process or took
         too long, and RuntimeError for a bug.
         """
-        if self.closed:
-            raise RuntimeError("the decoder pool is closed")
         if kind not in {"video", "image"}:
             raise ValueError(f"kind is 'video' or 'image', not {kind!r}")
         request = json.dumps({"kind": kind, "path": os.fspath(path), **limits})
         future = Future()
-        self.jobs.put((future, path, request.encode() + b"\n"))
+        with self.lock:
+            if self.closed:
+                raise RuntimeError("the decoder pool is closed")
+            self.jobs.put((future, path, request.encode() + b"\n"))
         return future
 
     def serve(self, slot):

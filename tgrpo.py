@@ -175,7 +175,8 @@ def tgrpo_loss(
         log_ratio, mask = log_ratio.sum(-1, keepdim=True), mask.any(-1, keepdim=True)  # (G, 1)
         lengths = torch.ones_like(lengths)
     advantages = advantages.detach().to(logp.dtype).unsqueeze(-1)  # (G, 1)
-    ratio = log_ratio.exp()  # (G, T) or (G, 1)
+    # exp overflows float32 at 88.7, far beyond any clip, and inf would make nan of a gradient of 0.
+    ratio = log_ratio.clamp(max=80).exp()  # (G, T) or (G, 1)
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages
     objective = torch.where(mask, torch.minimum(unclipped, clipped), 0.0).sum(-1) / lengths  # (G,)

@@ -73,14 +73,24 @@ def write_y4m(path: Path, frames: np.ndarray, fps: int = FPS) -> None:
             file.write(b"FRAME\n" + b"".join(plane.tobytes() for plane in frame))
 
 
-def draw_clip(rng: np.random.Generator, direction: str, colour: str) -> np.ndarray:
-    """A square that crosses the picture: uint8 (F, H, W, 3)."""
+def draw_clip(rng: np.random.Generator, direction: str, colour: str, whole_way: bool) -> np.ndarray:
+    """A moving square: uint8 (F, H, W, 3).
+
+    The cold start's clips go the whole way, near the middle, so that the first frames alone give
+    the answer away. Those of RL and of the test start anywhere, may go only a few pixels, and
+    further off the middle: what is left to learn from rewards.
+    """
     size = int(rng.integers(12, 19))
-    room = SIDE - size
-    # Along the line of motion from one side to the other, across it anywhere.
-    first, last = int(rng.integers(0, 6)), room - int(rng.integers(0, 6))
+    room = SIDE - size  # where the square's corner may be
+    off_middle = 5 if whole_way else 10
+    if whole_way:
+        first, last = int(rng.integers(0, 6)), room - int(rng.integers(0, 6))
+    else:
+        way = int(rng.integers(8, room + 1))
+        first = int(rng.integers(0, room - way + 1))
+        last = first + way
     along = np.linspace(first, last, NUM_FRAMES).round().astype(int)
-    across = int(rng.integers(0, room + 1))
+    across = room // 2 + int(rng.integers(-off_middle, off_middle + 1))
     dx, dy = DIRECTIONS[direction]
     if dx + dy < 0:
         along = along[::-1]
@@ -114,21 +124,23 @@ def draw_word(rng: np.random.Generator, word: str) -> Image.Image:
 # ------------------------------------------------------------------------------------- questions
 
 
-def make_row(rng: np.random.Generator, kind: str, media: Path, name: str) -> dict:
+def make_row(
+    rng: np.random.Generator, kind: str, media: Path, name: str, whole_way: bool = True
+) -> dict:
     """Draw one clip or picture into the folder `media`, and the row of JSON that asks about it."""
     direction, colour = str(rng.choice(list(DIRECTIONS))), str(rng.choice(list(COLOURS)))
     size, count = int(rng.integers(8, 41)), int(rng.integers(1, 5))
     word = str(rng.choice(WORDS))
     letter = "ABCD"[list(DIRECTIONS).index(direction)]
     came_from, went_to = OPPOSITE[direction], ENDS[direction]
-    moves = f"The square is at the {came_from} first and at the {went_to} last"
+    moves = f"It goes from {came_from} to {went_to}."
     # kind: data_type, problem_type, question, options, reasoning, answer
     forms = {
         "direction": ("video", "multiple choice", "Which way does the square move?",
                       [f"{a}. {d}" for a, d in zip("ABCD", DIRECTIONS, strict=True)],
-                      f"{moves}, so it moves {direction}.", letter),
+                      moves, letter),
         "describe": ("video", "free-form", "What happens in the video?", [],
-                     f"{moves}.", f"A {colour} square moves {direction}"),
+                     moves, f"A {colour} square moves {direction}"),
         "colour": ("image", "multiple choice", "What is the colour of the square?",
                    [f"{a}. {c}" for a, c in zip("ABCD", COLOURS, strict=True)],
                    f"The square is {colour}.", "ABCD"[list(COLOURS).index(colour)]),
@@ -142,7 +154,7 @@ def make_row(rng: np.random.Generator, kind: str, media: Path, name: str) -> dic
     data_type, problem_type, problem, options, reasoning, answer = forms[kind]
     if data_type == "video":
         file = media / f"{name}.y4m"
-        write_y4m(file, draw_clip(rng, direction, colour))
+        write_y4m(file, draw_clip(rng, direction, colour, whole_way))
     else:
         pictures = {
             "colour": lambda: draw_squares(rng, 1, 20, colour),
@@ -169,7 +181,7 @@ def make_data(folder: Path, seed: int) -> None:
         kinds = [kind for kind, share in KINDS.items() for _ in range(round(share * num_rows))]
         rows = []
         for place, kind in enumerate(rng.permutation(kinds)):
-            row = make_row(rng, str(kind), media, f"{place:05d}")
+            row = make_row(rng, str(kind), media, f"{place:05d}", whole_way=split == "sft")
             if split != "sft":
                 row["process"] = ""
             rows.append({"problem_id": place, **row})
@@ -234,7 +246,7 @@ def make_model(folder: Path, seed: int) -> None:
         "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
         "num_key_value_heads": 2, "hidden_act": "silu", "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "attention_dropout": 0.0,
-        "initializer_range": 0.02, "use_sliding_window": False, "tie_word_embeddings": False,
+        "initializer_range": 0.05, "use_sliding_window": False, "tie_word_embeddings": False,
         "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
         "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"],
         "vision_start_token_id": ids["<|vision_start|>"],
@@ -242,7 +254,7 @@ def make_model(folder: Path, seed: int) -> None:
         "image_token_id": ids["<|image_pad|>"], "video_token_id": ids["<|video_pad|>"],
         "vision_config": {
             "model_type": "qwen2_5_vl", "depth": 2, "hidden_size": 64, "intermediate_size": 128,
-            "num_heads": 4, "out_hidden_size": 128, "in_chans": 3, "patch_size": 14,
+            "initializer_range": 0.05, "num_heads": 4, "out_hidden_size": 128, "in_chans": 3, "patch_size": 14,
             "spatial_patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2,
             "window_size": 112, "fullatt_block_indexes": [1], "tokens_per_second": 2,
         },

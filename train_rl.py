@@ -102,8 +102,8 @@ def toy_defaults(world_size: int) -> dict:
     return {
         "model": str(toy.SFT / "model"), "data": str(toy.RL_DATA), "output_dir": str(toy.RL),
         "max_steps": 150, "prompts_per_rank": max(1, 8 // world_size), "learning_rate": 2e-4,
-        "warmup_steps": 5, "max_frames": toy.NUM_FRAMES, "max_new_tokens": 40, "l_min": 16,
-        "l_max": 32, "num_workers": 1, "activation_checkpointing": False,
+        "warmup_steps": 5, "max_frames": toy.NUM_FRAMES, "max_new_tokens": 40, "l_min": 12,
+        "l_max": 24, "num_workers": 1, "activation_checkpointing": False,
     }  # fmt: skip
 
 

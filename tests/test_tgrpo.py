@@ -82,10 +82,10 @@ def test_docstring_examples():
 def test_eq1_by_hand(num_correct, num_responses, num_correct_shuffled, num_shuffled, earned):
     correct = first(num_correct, num_responses)
     correct_shuffled = first(num_correct_shuffled, num_shuffled)
-    r_t = tgrpo.temporal_reward(correct, correct_shuffled)
-    assert type(r_t) is float
-    assert r_t == (0.3 if earned else 0.0)
-    assert tgrpo.temporal_reward(correct, correct_shuffled, 1) == (1.0 if earned else 0.0)
+    by_default = tgrpo.temporal_reward(correct, correct_shuffled)
+    with_alpha = tgrpo.temporal_reward(correct, correct_shuffled, alpha=1)
+    assert (by_default, with_alpha) == ((0.3, 1.0) if earned else (0.0, 0.0))
+    assert type(by_default) is type(with_alpha) is float
 
 
 def test_eq1_agrees_with_fractions_for_every_count():
@@ -151,9 +151,9 @@ def test_eq2_by_hand(rewards, correct, r_t, expected):
         pytest.param([1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0], id="no spread"),
         pytest.param([0.0, 0.0], [0.0, 0.0], id="all zero"),
         pytest.param([1.7], [0.0], id="one response"),
-        pytest.param([0.0, 0.9e-6], [0.0, 0.0], id="spread below 1e-6"),
+        pytest.param([0.0, 0.99e-6], [0.0, 0.0], id="spread below 1e-6"),
         pytest.param([0.0, 1e-6], [-math.sqrt(0.5), math.sqrt(0.5)], id="spread of 1e-6"),
-        pytest.param([0.0, 1.1e-6], [-math.sqrt(0.5), math.sqrt(0.5)], id="spread above 1e-6"),
+        pytest.param([0.0, 1.01e-6], [-math.sqrt(0.5), math.sqrt(0.5)], id="spread above 1e-6"),
         # mean 0.9e-6, deviations -0.9e-6, 0, 0.9e-6: the spread is max - min, not the std
         pytest.param([0.0, 0.9e-6, 1.8e-6], [-1.0, 0.0, 1.0], id="std below 1e-6, spread above"),
     ],
