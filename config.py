@@ -7,10 +7,8 @@ given; the toy replaces some defaults, never a flag that the user gave.
 
 import dataclasses
 import difflib
-import json
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 from transformers import HfArgumentParser
@@ -90,7 +88,10 @@ def require(condition: object, message: str) -> None:
 
 
 def parse_config(
-    cls: type[Config], toy_defaults: dict[str, Any], real_command: str, argv: list[str] | None = None
+    cls: type[Config],
+    toy_defaults: dict[str, Any],
+    real_command: str,
+    argv: list[str] | None = None,
 ) -> tuple[Config, bool]:
     """The config of a command line, and whether it is the toy's.
 
@@ -124,9 +125,3 @@ def parse_config(
 
 def _raise_value_error(message: str) -> None:
     raise ValueError(message.removeprefix("argument "))
-
-
-def save_config(config: Any, folder: Path) -> None:
-    """Write the resolved settings to config.json."""
-    text = json.dumps(dataclasses.asdict(config), indent=2)
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")

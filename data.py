@@ -6,7 +6,6 @@
 Shapes: F frames, H x W pixels, N patches of 14 x 14 pixels and 2 frames, S prompt tokens.
 """
 
-
 import json
 from collections import deque
 from collections.abc import Iterator
@@ -240,7 +239,8 @@ def make_prompt(
         frames = reorder_frames(frames, order, generator)
     pixel_values, grid_thw = patchify(frames, mean, std)
 
-    content = [{"type": sample.data_type}, {"type": "text", "text": question_text(sample, template)}]
+    question = {"type": "text", "text": question_text(sample, template)}
+    content = [{"type": sample.data_type}, question]
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
     )
@@ -273,14 +273,20 @@ def response_ids(sample: Sample, tokenizer) -> Tensor:
     Raises:
         ValueError: the row has no `process`.
     """
-    if not sample.process.strip():
-        raise ValueError(f"problem {sample.problem_id} (row {sample.row}) has no 'process' to learn")
+    require_process(sample)
     solution = sample.solution.strip()
     if "<answer>" not in solution:
         solution = f"<answer>{solution}</answer>"
     text = f"{sample.process.strip()}\n{solution}"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return torch.tensor([*ids, tokenizer.eos_token_id])
+
+
+def require_process(sample: Sample) -> None:
+    """Raise ValueError, naming the row, unless a sample has a chain of thought to learn."""
+    if not sample.process.strip():
+        where = f"row {sample.row} (problem {sample.problem_id})"
+        raise ValueError(f"{where} has no 'process' to learn from")
 
 
 # --------------------------------------------------------------------------------------- frames
@@ -296,9 +302,7 @@ def decode(
     return read_image(sample.path, min_pixels, image_max_pixels), 0.0
 
 
-def reorder_frames(
-    frames: Tensor, order: str, generator: torch.Generator | None = None
-) -> Tensor:
+def reorder_frames(frames: Tensor, order: str, generator: torch.Generator | None = None) -> Tensor:
     """The frames (F, H, W, 3) in another order.
 
     A shuffle is never the identity where there is more than one frame: the shuffled group exists
@@ -338,7 +342,9 @@ def patchify(frames, mean=CLIP_MEAN, std=CLIP_STD) -> tuple[Tensor, Tensor]:
     scale = 255 * torch.tensor(std, dtype=torch.float32)
     shift = 255 * torch.tensor(mean, dtype=torch.float32)
     pixels = (frames.float() - shift) / scale  # (F, H, W, 3)
-    pixels = pixels.view(t, TEMPORAL_PATCH, h // MERGE, MERGE, PATCH, w // MERGE, MERGE, PATCH, channels)
+    pixels = pixels.view(
+        t, TEMPORAL_PATCH, h // MERGE, MERGE, PATCH, w // MERGE, MERGE, PATCH, channels
+    )
     pixels = pixels.permute(0, 2, 5, 3, 6, 8, 1, 4, 7)  # (t, h/2, w/2, 2, 2, 3, 2, 14, 14)
     return pixels.reshape(t * h * w, -1), torch.tensor([t, h, w])
 
@@ -373,6 +379,11 @@ class Media:
     sample: Sample
     frames: np.ndarray
     seconds_between_frames: float
+
+    def prompt(self, tokenizer, order: str = "ordered", generator=None, **options) -> Prompt:
+        """make_prompt with these frames."""
+        frames = (self.frames, self.seconds_between_frames)
+        return make_prompt(self.sample, tokenizer, frames, order, generator, **options)
 
 
 def load_steps(
@@ -409,5 +420,3 @@ def submit_decode(pool: DecoderPool, sample: Sample, limits: dict[str, int]):
     return pool.submit(
         "image", sample.path, min_pixels=limits["min_pixels"], max_pixels=limits["image_max_pixels"]
     )
-
-

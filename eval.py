@@ -123,7 +123,9 @@ def summarise(items: list[dict], is_toy: bool) -> dict:
     return {
         "n": len(counted),
         "accuracy": mean(counted),
-        "by_type": {kind: {"n": len(those), "score": mean(those)} for kind, those in by_type.items()},
+        "by_type": {
+            kind: {"n": len(those), "score": mean(those)} for kind, those in by_type.items()
+        },
         "num_items": len(items),
         "unusable": {str(i["problem_id"]): i["error"] for i in items if i["score"] is None},
     }
@@ -151,8 +153,13 @@ def evaluate(config: EvalConfig, world: World, is_toy: bool) -> list[dict]:
         bar.close()
         if gathered:
             items = sorted((item for part in gathered for item in part), key=lambda i: i["row"])
-            summary = {"model": config.model, "benchmark": name, "order": config.order,
-                       **summarise(items, is_toy), "settings": dataclasses.asdict(config)}  # fmt: skip
+            summary = {
+                "model": config.model,
+                "benchmark": name,
+                "order": config.order,
+                **summarise(items, is_toy),
+                "settings": dataclasses.asdict(config),
+            }
             write_results(config, name, items, summary)
             summaries.append(summary)
     return summaries

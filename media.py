@@ -339,7 +339,7 @@ def open_video(path, layout):
         raise MediaError(f"{path}: turned by an angle that is no multiple of 90 degrees")
     # fault_tol: decord fills a frame that it lost with its neighbour; one is too many.
     options = {"ctx": decord.cpu(0), "num_threads": 1, "fault_tol": 1e-9}
-    if a > 0 and d > 0 or not any(layout.matrix):
+    if (a > 0 and d > 0) or not any(layout.matrix):
         # ffmpeg takes a bare "a:b" for a protocol, not so "/a:b".
         return decord.VideoReader(os.path.abspath(path), **options), (1, 0, 0, 1)
     # decord 0.6.0 turns the frame itself but not a mirrored one, decord2 3.4.0 returns garbage of
@@ -508,7 +508,7 @@ def worker_main(parent):
             frames, seconds = decode(**json.loads(line))
         except MediaError as error:
             reply({"status": "media", "text": str(error)})
-        except Exception:  # noqa: BLE001  a bug: the parent raises it, with this traceback
+        except Exception:
             reply({"status": "bug", "text": traceback.format_exc()})
         else:
             reply({"status": "ok", "seconds": seconds, "shape": frames.shape}, frames.data)
@@ -642,7 +642,7 @@ class DecoderPool:
                 continue
             try:
                 result = self.worker(slot).run(path, request, self.timeout)
-            except BaseException as error:  # noqa: BLE001  whoever awaits the result gets it
+            except BaseException as error:
                 closed = RuntimeError(f"{path}: the decoder pool was closed")
                 future.set_exception(closed if self.closed else error)
             else:

@@ -14,7 +14,7 @@ N tokens of the packed row, M response tokens among them, D hidden size, V vocab
 
 import json
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MethodType
 
@@ -39,6 +39,7 @@ from transformers.masking_utils import sdpa_mask
 
 # Logits of so many (token, vocabulary) pairs exist at a time: 256 MiB in float32.
 LOGITS_PER_CHUNK = 2**26
+HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]  # no code, nothing pickled
 PACKED = "packed"  # the name of our attention among those of transformers
 
 
@@ -79,17 +80,34 @@ def rope_positions(prompt, tokens_per_second: int = 2, merge_size: int = 2) -> T
 
 
 @dataclass(frozen=True)
+class Segment:
+    """One group's part of the packed row.
+
+    start, length: of its prompt, in tokens.
+    slots: int64 (G, T), the row's index of every response token, padding pointing anywhere.
+    places: int64 (real tokens,), where the real ones are in slots.flatten(). None: no responses.
+    """
+
+    start: int
+    length: int
+    slots: Tensor | None
+    places: Tensor | None
+
+    def to(self, device: torch.device) -> "Segment":
+        return _move(self, device)
+
+
+@dataclass(frozen=True)
 class Pack:
     """The packed row of several groups.
 
-    segments: for each prompt (start, prompt length, lengths of its responses), in tokens.
     vision_places: where the placeholders are. sources, targets: for each response token the row's
     index that predicts it, and its id.
     """
 
     input_ids: Tensor  # int64 (N,)
     positions: Tensor  # int64 (3, N)
-    segments: list[tuple[int, int, list[int]]]
+    segments: list[Segment]
     vision_places: Tensor  # int64 (number of merged patches,)
     pixel_values: Tensor  # float32 (patches, 1176)
     grid_thw: Tensor  # int64 (P, 3)
@@ -97,11 +115,15 @@ class Pack:
     targets: Tensor  # int64 (M,)
 
     def to(self, device: torch.device) -> "Pack":
-        moved = {
-            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-            for name, value in vars(self).items()
-        }
-        return Pack(**moved)
+        segments = [segment.to(device) for segment in self.segments]
+        return replace(_move(self, device), segments=segments)
+
+
+def _move(record, device: torch.device):
+    """A copy of a dataclass with its tensors on a device."""
+    tensors = {name: value for name, value in vars(record).items() if isinstance(value, Tensor)}
+    moved = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
+    return replace(record, **moved)
 
 
 def pack_groups(prompts: list, responses: list[list[Tensor]], tokens_per_second: int = 2) -> Pack:
@@ -123,7 +145,7 @@ def pack_groups(prompts: list, responses: list[list[Tensor]], tokens_per_second:
             ids.append(response)
             after = torch.arange(len(response)) + prompt_positions.max() + 1
             positions.append(after.expand(3, -1))
-        segments.append((start, len(prompt.input_ids), [len(response) for response in group]))
+        segments.append(_segment(start, len(prompt.input_ids), [len(r) for r in group]))
         for response in group:
             if len(response):  # its first token is predicted by the prompt's last
                 sources += [torch.tensor([start + len(prompt.input_ids) - 1])]
@@ -144,6 +166,17 @@ def pack_groups(prompts: list, responses: list[list[Tensor]], tokens_per_second:
     )
 
 
+def _segment(start: int, length: int, response_lengths: list[int]) -> Segment:
+    if not any(response_lengths):
+        return Segment(start, length, None, None)
+    lengths = torch.tensor(response_lengths)
+    firsts = start + length + lengths.cumsum(0) - lengths  # (G,)
+    steps = torch.arange(int(lengths.max()))
+    real = steps < lengths[:, None]  # (G, T)
+    slots = torch.where(real, firsts[:, None] + steps, start)
+    return Segment(start, length, slots, real.flatten().nonzero()[:, 0])
+
+
 def _check_placeholders(prompt) -> None:
     """No model trains blind: the run of placeholders is as long as the vision features."""
     start, count = prompt.vision_start, prompt.num_vision_tokens
@@ -159,8 +192,8 @@ def _check_placeholders(prompt) -> None:
 def packed_attention(module, query, key, value, attention_mask, segments=None, **kwargs):
     """Attention of a packed row; without `segments` it is transformers' own SDPA attention.
 
-    Cut into one call per prompt and one per response, since a mask over the whole row would pay
-    for every pair of responses: (S + G T)^2 scores rather than S^2 + G T (S + T).
+    Cut into one call per prompt and one per group of responses, since a mask over the whole row
+    would pay for every pair of responses: (S + G T)^2 scores rather than S^2 + G T (S + T).
 
     Args:
         query: (1, heads, N, head size). key, value: (1, key-value heads, N, head size).
@@ -170,27 +203,36 @@ def packed_attention(module, query, key, value, attention_mask, segments=None, *
     """
     if segments is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    outputs = []
-
-    def attend(queries: slice, keys: Tensor, values: Tensor, mask: Tensor | None) -> None:
-        part = query[:, :, queries]
-        outputs.append(sdpa_attention_forward(module, part, keys, values, mask, **kwargs)[0])
-
-    for start, prompt_length, response_lengths in segments:
-        prompt = slice(start, start + prompt_length)
+    outputs = []  # each (tokens, heads, head size)
+    for segment in segments:
+        prompt = slice(segment.start, segment.start + segment.length)
         prompt_key, prompt_value = key[:, :, prompt], value[:, :, prompt]
-        attend(prompt, prompt_key, prompt_value, None)  # no mask means causal
-        end = prompt.stop
-        for length in response_lengths:
-            if length:
-                response = slice(end, end + length)
-                seen = torch.ones(length, prompt_length + length, dtype=torch.bool)
-                seen = seen.to(query.device).tril(prompt_length)  # causal, the prompt in full
-                keys = torch.cat([prompt_key, key[:, :, response]], dim=2)
-                values = torch.cat([prompt_value, value[:, :, response]], dim=2)
-                attend(response, keys, values, seen[None, None])
-                end += length
-    return torch.cat(outputs, dim=1), None
+        output, _ = sdpa_attention_forward(  # no mask means causal
+            module, query[:, :, prompt], prompt_key, prompt_value, None, **kwargs
+        )
+        outputs.append(output[0])
+        if segment.slots is None:
+            continue
+        group_size, width = segment.slots.shape
+        seen = torch.ones(width, segment.length + width, dtype=torch.bool, device=query.device)
+        output, _ = sdpa_attention_forward(  # causal, the prompt in full; (G, T, heads, head size)
+            module,
+            _rows(query, segment.slots),
+            torch.cat([prompt_key.expand(group_size, -1, -1, -1), _rows(key, segment.slots)], 2),
+            torch.cat(
+                [prompt_value.expand(group_size, -1, -1, -1), _rows(value, segment.slots)], 2
+            ),
+            seen.tril(segment.length)[None, None],
+            **kwargs,
+        )
+        outputs.append(output.flatten(0, 1).index_select(0, segment.places))
+    return torch.cat(outputs)[None], None
+
+
+def _rows(states: Tensor, slots: Tensor) -> Tensor:
+    """Response tokens of a packed row, (1, heads, N, size), as padded rows (G, heads, T, size)."""
+    chosen = states[0].index_select(1, slots.flatten())  # (heads, G * T, size)
+    return chosen.unflatten(1, slots.shape).transpose(0, 1)
 
 
 AttentionInterface.register(PACKED, packed_attention)
@@ -210,6 +252,13 @@ def enable_packing(model: Qwen2_5_VLForConditionalGeneration) -> None:
 
 
 PACKED_METHODS = ("packed_prefill", "packed_logprobs")
+
+
+def enable_checkpointing(model: Qwen2_5_VLForConditionalGeneration) -> None:
+    """Recompute each decoder layer and vision block in the backward pass (in train mode only)."""
+    renamed_in = "activation_checkpointing_enable"  # transformers 5.23; the old name still in 5.17
+    enable = getattr(model, renamed_in, None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _packed_hidden(model, pack: Pack, cache: DynamicCache | None = None) -> Tensor:
@@ -253,7 +302,9 @@ def packed_logprobs(model, pack: Pack, forbidden: Tensor) -> Tensor:
     return torch.cat(logps)
 
 
-def token_logprobs(lm_head: nn.Module, hidden: Tensor, targets: Tensor, forbidden: Tensor) -> Tensor:
+def token_logprobs(
+    lm_head: nn.Module, hidden: Tensor, targets: Tensor, forbidden: Tensor
+) -> Tensor:
     """log softmax(lm_head(hidden))[targets] in float32, forbidden tokens at -inf.
 
     hidden: (M, D). targets: int64 (M,). forbidden: int64 token ids. Returns (M,).
@@ -262,9 +313,7 @@ def token_logprobs(lm_head: nn.Module, hidden: Tensor, targets: Tensor, forbidde
     return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
 
 
-def group_logprobs(
-    model, prompts: list, completion_ids: Tensor, completion_mask: Tensor
-) -> Tensor:
+def group_logprobs(model, prompts: list, completion_ids: Tensor, completion_mask: Tensor) -> Tensor:
     """log pi(o_t | prompt, o_<t) of every token of every response: the pi of Eq. 4.
 
     Equal to running each response behind its own copy of the prompt, pixels included (the tests
@@ -280,9 +329,8 @@ def group_logprobs(
         enable_packing(model)
     mask = completion_mask.bool()
     lengths = mask.sum(-1)  # (P, G)
-    assert torch.equal(mask, torch.arange(mask.shape[-1], device=mask.device) < lengths[..., None]), (
-        "completion_mask must be right-padded"
-    )
+    places = torch.arange(mask.shape[-1], device=mask.device)
+    assert torch.equal(mask, places < lengths[..., None]), "completion_mask must be right-padded"
     responses = [
         [ids[:length].cpu() for ids, length in zip(group_ids, group_lengths, strict=True)]
         for group_ids, group_lengths in zip(completion_ids, lengths.tolist(), strict=True)
@@ -358,10 +406,12 @@ def resolve_folder(name: str) -> Path:
 
 def _download(name: str) -> Path:
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except (OSError, HfHubHTTPError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"--model {name} is no folder, and not to be had from the Hub: {reason}") from None
+        raise ValueError(
+            f"--model {name} is no folder here, and the Hub does not give it: {reason}"
+        ) from None
 
 
 def load_model(name: str, device: torch.device, dtype: torch.dtype = torch.float32, shard=None):

@@ -176,13 +176,13 @@ def batch_rows(pack: Pack, group_sizes: list[int], pad_token: int) -> dict[str, 
         input_ids, attention_mask: int64 (R, S). position_ids: int64 (3, R, S), from which generate
         counts on, on all three axes.
     """
-    longest = max(length for _, length, _ in pack.segments)
+    longest = max(segment.length for segment in pack.segments)
     ids, masks, positions = [], [], []
-    for (start, length, _), size in zip(pack.segments, group_sizes, strict=True):
-        left = (longest - length, 0)
-        here = slice(start, start + length)
+    for segment, size in zip(pack.segments, group_sizes, strict=True):
+        left = (longest - segment.length, 0)
+        here = slice(segment.start, segment.start + segment.length)
         ids.append(pad(pack.input_ids[here], left, value=pad_token).expand(size, -1))
-        masks.append(pad(torch.ones(length, dtype=torch.long), left).expand(size, -1))
+        masks.append(pad(torch.ones(segment.length, dtype=torch.long), left).expand(size, -1))
         positions.append(pad(pack.positions[:, here], left)[:, None].expand(-1, size, -1))
     return {
         "input_ids": torch.cat(ids),
@@ -197,13 +197,13 @@ def expand_cache(cache: DynamicCache, pack: Pack, group_sizes: list[int]) -> Dyn
     The last prompt token is left out: generate runs it as its first step, which gives the logits
     of the first response token.
     """
-    longest = max(length for _, length, _ in pack.segments)
+    longest = max(segment.length for segment in pack.segments)
 
     def rows(states: Tensor) -> Tensor:  # (1, heads, N, size) -> (R, heads, S - 1, size)
         parts = []
-        for (start, length, _), size in zip(pack.segments, group_sizes, strict=True):
-            part = states[:, :, start : start + length - 1]
-            parts.append(pad(part, (0, 0, longest - length, 0)).expand(size, -1, -1, -1))
+        for segment, size in zip(pack.segments, group_sizes, strict=True):
+            part = states[:, :, segment.start : segment.start + segment.length - 1]
+            parts.append(pad(part, (0, 0, longest - segment.length, 0)).expand(size, -1, -1, -1))
         return torch.cat(parts)
 
     expanded = DynamicCache()

@@ -254,7 +254,8 @@ def make_model(folder: Path, seed: int) -> None:
         "image_token_id": ids["<|image_pad|>"], "video_token_id": ids["<|video_pad|>"],
         "vision_config": {
             "model_type": "qwen2_5_vl", "depth": 2, "hidden_size": 64, "intermediate_size": 128,
-            "initializer_range": 0.05, "num_heads": 4, "out_hidden_size": 128, "in_chans": 3, "patch_size": 14,
+            "initializer_range": 0.05, "num_heads": 4, "out_hidden_size": 128, "in_chans": 3,
+            "patch_size": 14,
             "spatial_patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2,
             "window_size": 112, "fullatt_block_indexes": [1], "tokens_per_second": 2,
         },
@@ -276,4 +277,3 @@ def make_model(folder: Path, seed: int) -> None:
         model = Qwen2_5_VLForConditionalGeneration(AutoConfig.from_pretrained(folder))
     weights = {hub_name(name): weight.detach() for name, weight in model.named_parameters()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-

@@ -20,22 +20,20 @@ from torch import Tensor
 import toy
 import train_sft
 from checkpoint import export_model
-from config import TrainConfig, flag, parse_config, require, save_config
-from data import DecoderPool, Media, load_samples, load_steps, load_template, make_prompt
+from config import TrainConfig, flag, parse_config, require
+from data import DecoderPool, Media, Sample, load_steps
 from distributed import (
     World,
     gather_to_main,
     log,
     main_does,
-    max_over_ranks,
-    peak_memory_gib,
     process_group,
     run,
     shard,
     sum_over_ranks,
     unsharded,
 )
-from model import PACKED_METHODS, group_logprobs, load_model, load_normalisation, load_tokenizer
+from model import PACKED_METHODS, enable_checkpointing, group_logprobs, load_model
 from rewards import accuracy_reward, check_solution, format_reward
 from sampling import Rollout, derive_seed, sample_groups
 from tgrpo import (
@@ -50,6 +48,7 @@ from training import (
     RunLog,
     claim_folder,
     learning_rate_at,
+    load_inputs,
     make_optimizer,
     num_steps,
     update,
@@ -136,10 +135,7 @@ def sample_rollouts(
     def ask(media: Media, order: str, group: int, size: int) -> None:
         key = (config.seed, step, media.sample.row)
         generator = torch.Generator().manual_seed(derive_seed(*key, PERMUTATION))
-        frames = (media.frames, media.seconds_between_frames)
-        prompts.append(
-            make_prompt(media.sample, tokenizer, frames, order, generator, **prompt_options)
-        )
+        prompts.append(media.prompt(tokenizer, order, generator, **prompt_options))
         keys.append([(*key, group, row) for row in range(size)])
 
     with_shuffled = [config.temporal and media.sample.is_video for media in batch]
@@ -243,33 +239,16 @@ def update_policy(
 
 
 def train(config: RLConfig, world: World) -> None:
-    """Run T-GRPO and leave config.json, metrics.jsonl, rollouts.jsonl and model/."""
+    """Run T-GRPO and leave config.json, metrics.jsonl, rollouts.jsonl and model/ in the folder."""
     folder = Path(config.output_dir)
     claim_folder(folder)
-    samples = load_samples(config.data, config.data_root or None)
-    samples = [sample for sample in samples if sample.data_type in config.data_types]
-    for sample in samples:
-        check_solution(sample.solution, sample.problem_type)
-    tokenizer = load_tokenizer(config.model)
-    prompt_options = {"template": load_template(config.prompt_template),
-                      **load_normalisation(config.model)}  # fmt: skip
-
-    policy = load_model(
-        config.model, world.device,
-        shard=partial(shard, world=world, forward_methods=PACKED_METHODS),
-    )  # fmt: skip
-    if config.activation_checkpointing:
-        policy.gradient_checkpointing_enable({"use_reentrant": False})
-    reference = load_model(  # frozen: it needs no more digits than it computes with
-        config.model, world.device,
-        dtype=torch.bfloat16 if world.device.type == "cuda" else torch.float32,
-        shard=partial(shard, world=world, forward_methods=PACKED_METHODS, trainable=False),
-    )  # fmt: skip
+    samples, tokenizer, prompt_options = load_inputs(config)
+    check_solutions(samples)
+    policy, reference = load_policy_and_reference(config, world)
     optimizer = make_optimizer(policy, config.learning_rate, config.weight_decay)
 
     total_steps = num_steps(config, len(samples), world)
-    main_does(world, lambda: (folder.mkdir(parents=True, exist_ok=True), save_config(config, folder)))
-    run_log = RunLog(folder, world, total_steps, "rl")
+    run_log = RunLog(folder, config, world, total_steps, "rl")
     with DecoderPool(config.num_workers, config.decode_timeout) as pool:
         batches = load_steps(
             samples, pool, range(total_steps), config.seed, config.batch_size(world.size),
@@ -279,13 +258,11 @@ def train(config: RLConfig, world: World) -> None:
             timer = PhaseTimer()
             rate = learning_rate_at(step, total_steps, config.learning_rate, config.warmup_steps)
             with timer("data"):
-                batch = next(batches)
-                cuts = range(0, len(batch), config.prompts_per_rank)
-                batches_of_step = [batch[cut : cut + config.prompts_per_rank] for cut in cuts]
+                batch = cut(next(batches), config.prompts_per_rank)
             with timer("rollout"), unsharded(policy):
                 rollouts = [
                     sample_rollouts(policy, tokenizer, micro, config, step, prompt_options)
-                    for micro in batches_of_step
+                    for micro in batch
                 ]
             with timer("reward"):
                 micro_batches = [
@@ -305,6 +282,36 @@ def train(config: RLConfig, world: World) -> None:
     export_model(policy, config.model, folder / "model", world)
     run_log.close()
     log(f"model written to {folder / 'model'}")
+
+
+def load_policy_and_reference(config: RLConfig, world: World):
+    """The policy to train, and the same checkpoint frozen, for ever as it was loaded."""
+    sharding = partial(shard, world=world, forward_methods=PACKED_METHODS)
+    policy = load_model(config.model, world.device, shard=sharding)
+    if config.activation_checkpointing:
+        enable_checkpointing(policy)
+    reference = load_model(
+        config.model, world.device,
+        # It is never updated, so it needs no more digits than it computes with.
+        dtype=torch.bfloat16 if world.device.type == "cuda" else torch.float32,
+        shard=partial(sharding, trainable=False),
+    )  # fmt: skip
+    return policy, reference
+
+
+def check_solutions(samples: list[Sample]) -> None:
+    """Raise ValueError, naming the row, if a solution can never be matched: its reward would
+    always be 0, which looks like a model that fails."""
+    for sample in samples:
+        try:
+            check_solution(sample.solution, sample.problem_type)
+        except ValueError as error:
+            raise ValueError(f"row {sample.row} (problem {sample.problem_id}): {error}") from None
+
+
+def cut(batch: list[Media], size: int) -> list[list[Media]]:
+    """A rank's samples as micro-batches of `size`."""
+    return [batch[start : start + size] for start in range(0, len(batch), size)]
 
 
 # ------------------------------------------------------------------------------------- the record
@@ -344,8 +351,6 @@ def step_metrics(
         "zero_std": sum(bool((group_advantages(group.rewards) == 0).all()) for group in groups),
         "tokens": total([rollout.lengths for rollout in everyone]),
     })  # fmt: skip
-    peaks = max_over_ranks({"memory": peak_memory_gib(world.device), **timer.seconds})
-    seconds = sum(peaks[phase] for phase in timer.seconds)
 
     def mean(name: str, count: str) -> float | None:
         return sums[name] / sums[count] if sums[count] else None
@@ -368,10 +373,7 @@ def step_metrics(
         "grad_norm": updated["grad_norm"],
         "lr": rate,
         "logp_gap": mean("gap_sum", "gap_count"),
-        "seconds": seconds,
-        **{f"seconds_{phase}": peaks[phase] for phase in timer.seconds},
-        "tokens_per_second": sums["tokens"] / seconds,
-        "peak_memory_gib": round(peaks["memory"], 2),
+        **timer.metrics(sums["tokens"], world),
     }
 
 
@@ -388,7 +390,8 @@ def rollout_record(step: int, group: Group) -> dict:
         "step": step + 1, "problem_id": sample.problem_id, "row": sample.row, "path": sample.path,
         "problem_type": sample.problem_type, "problem": sample.problem,
         "options": sample.options, "solution": sample.solution, "r_t": group.r_t,
-        "responses": [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)],
+        "responses": [dict(zip(columns, row, strict=True))
+                      for row in zip(*columns.values(), strict=True)],
         "shuffled_responses": [],
     }  # fmt: skip
     if group.shuffled is not None:

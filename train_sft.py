@@ -8,32 +8,24 @@ The loss is the mean over all response tokens of a step: only the assistant's tu
 runs through the same packed log-probabilities as the RL stage, with groups of one response.
 """
 
+import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import toy
 from checkpoint import export_model
-from config import TrainConfig, flag, parse_config, save_config
-from data import DecoderPool, load_samples, load_steps, load_template, make_prompt, response_ids
-from distributed import (
-    World,
-    log,
-    main_does,
-    max_over_ranks,
-    peak_memory_gib,
-    process_group,
-    run,
-    shard,
-    sum_over_ranks,
-)
+from config import TrainConfig, flag, parse_config
+from data import DecoderPool, Prompt, load_steps, require_process, response_ids
+from distributed import World, log, main_does, process_group, run, shard, sum_over_ranks
 from model import (
     PACKED_METHODS,
+    enable_checkpointing,
     forbidden_tokens,
     load_model,
-    load_normalisation,
-    load_tokenizer,
     pack_groups,
 )
 from training import (
@@ -41,6 +33,7 @@ from training import (
     RunLog,
     claim_folder,
     learning_rate_at,
+    load_inputs,
     make_optimizer,
     num_steps,
     update,
@@ -69,69 +62,70 @@ def toy_defaults(world_size: int) -> dict:
     }  # fmt: skip
 
 
-def train(config: SFTConfig, world: World) -> None:
-    folder = Path(config.output_dir)
-    claim_folder(folder)
-    samples = load_samples(config.data, config.data_root or None)
-    samples = [sample for sample in samples if sample.data_type in config.data_types]
-    tokenizer = load_tokenizer(config.model)
-    prompt_options = {"template": load_template(config.prompt_template),
-                      **load_normalisation(config.model)}  # fmt: skip
-    model = load_model(
-        config.model, world.device, shard=lambda m: shard(m, world, PACKED_METHODS)
-    )
-    if config.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = make_optimizer(model, config.learning_rate, config.weight_decay)
+def accumulate_gradients(
+    model, batch: list[tuple[Prompt, Tensor]], num_tokens: float, config: SFTConfig, world: World
+) -> float:
+    """Forward and backward over a rank's batch; returns this rank's share of the loss.
+
+    num_tokens: response tokens of the step over all ranks and micro-batches. It is the denominator
+    everywhere, so the gradient does not depend on how the batch is cut.
+    """
     forbidden = torch.tensor(forbidden_tokens(model.config), device=world.device)
     tokens_per_second = model.config.vision_config.tokens_per_second
+    loss = 0.0
+    for cut in range(0, len(batch), config.prompts_per_rank):
+        prompts, responses = zip(*batch[cut : cut + config.prompts_per_rank], strict=True)
+        pack = pack_groups(prompts, [[response] for response in responses], tokens_per_second)
+        logps = model.packed_logprobs(pack.to(world.device), forbidden)  # (M,)
+        part = -logps.sum() / num_tokens
+        (part * world.size).backward()  # FSDP averages gradients over the ranks
+        loss += float(part.detach())
+    return loss
+
+
+def train(config: SFTConfig, world: World) -> None:
+    """Run the cold start and leave config.json, metrics.jsonl and model/ in the output folder."""
+    folder = Path(config.output_dir)
+    claim_folder(folder)
+    samples, tokenizer, prompt_options = load_inputs(config)
+    for sample in samples:
+        require_process(sample)
+    sharding = partial(shard, world=world, forward_methods=PACKED_METHODS)
+    model = load_model(config.model, world.device, shard=sharding)
+    if config.activation_checkpointing:
+        enable_checkpointing(model)
+    optimizer = make_optimizer(model, config.learning_rate, config.weight_decay)
 
     total_steps = num_steps(config, len(samples), world)
-    main_does(world, lambda: (folder.mkdir(parents=True, exist_ok=True), save_config(config, folder)))
-    run_log = RunLog(folder, world, total_steps, "sft")
+    run_log = RunLog(folder, config, world, total_steps, "sft")
     with DecoderPool(config.num_workers, config.decode_timeout) as pool:
-        steps = load_steps(
+        batches = load_steps(
             samples, pool, range(total_steps), config.seed, config.batch_size(world.size),
             world.rank, world.size, config.limits(),
         )  # fmt: skip
         for step in range(total_steps):
             timer = PhaseTimer()
+            rate = learning_rate_at(step, total_steps, config.learning_rate, config.warmup_steps)
             with timer("data"):
                 batch = [
                     (
-                        make_prompt(
-                            media.sample, tokenizer, (media.frames, media.seconds_between_frames),
-                            **prompt_options,
-                        ),
+                        media.prompt(tokenizer, **prompt_options),
                         response_ids(media.sample, tokenizer),
                     )
-                    for media in next(steps)
-                ]  # fmt: skip
-            # The denominator is fixed before the first micro-batch, over all ranks: the result
-            # does not depend on how the batch is cut.
-            num_tokens = sum(len(response) for _, response in batch)
+                    for media in next(batches)
+                ]
+            num_tokens = float(sum(len(response) for _, response in batch))
             num_tokens = sum_over_ranks({"tokens": num_tokens})["tokens"]
             with timer("update"):
-                loss = 0.0
-                for start in range(0, len(batch), config.prompts_per_rank):
-                    prompts, responses = zip(*batch[start : start + config.prompts_per_rank], strict=True)
-                    pack = pack_groups(prompts, [[response] for response in responses], tokens_per_second)
-                    logps = model.packed_logprobs(pack.to(world.device), forbidden)  # (M,)
-                    part = -logps.sum() / num_tokens
-                    (part * world.size).backward()  # FSDP averages gradients over the ranks
-                    loss += float(part.detach())
-                rate = learning_rate_at(step, total_steps, config.learning_rate, config.warmup_steps)
+                loss = accumulate_gradients(model, batch, num_tokens, config, world)
                 grad_norm = update(model, optimizer, rate, config.max_grad_norm)
-            sums = sum_over_ranks({"loss": loss})
-            peaks = max_over_ranks(
-                {"peak_memory_gib": peak_memory_gib(world.device), **timer.seconds}
-            )
-            seconds = peaks["data"] + peaks["update"]
             run_log.metrics({
-                "step": step + 1, "loss": sums["loss"], "grad_norm": grad_norm, "lr": rate,
-                "tokens": int(num_tokens), "seconds": seconds, "seconds_data": peaks["data"],
-                "seconds_update": peaks["update"], "tokens_per_second": num_tokens / seconds,
-                "peak_memory_gib": round(peaks["peak_memory_gib"], 2),
+                "step": step + 1,
+                "loss": sum_over_ranks({"loss": loss})["loss"],
+                "grad_norm": grad_norm,
+                "lr": rate,
+                "tokens": int(num_tokens),
+                **timer.metrics(num_tokens, world),
             })  # fmt: skip
     export_model(model, config.model, folder / "model", world)
     run_log.close()
@@ -139,8 +133,6 @@ def train(config: SFTConfig, world: World) -> None:
 
 
 def main() -> None:
-    import os
-
     defaults = toy_defaults(int(os.environ.get("WORLD_SIZE", 1)))
     config, is_toy = parse_config(SFTConfig, defaults, REAL_COMMAND)
     with process_group() as world:

@@ -1,5 +1,6 @@
 """What both training stages share: optimizer, schedule, the update, the run's folder and log."""
 
+import dataclasses
 import json
 import math
 import time
@@ -8,19 +9,23 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.optim import AdamW
 from tqdm import tqdm
 
-from distributed import World
+from config import TrainConfig, require
+from data import Sample, load_samples, load_template
+from distributed import World, max_over_ranks, peak_memory_gib
+from model import load_normalisation, load_tokenizer
 
 
-def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) -> AdamW:
     """AdamW (App. D: Adam with weight decay). Biases and norms, the vectors, do not decay."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    return AdamW(groups, lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
 def learning_rate_at(step: int, num_steps: int, peak: float, warmup_steps: int) -> float:
@@ -31,9 +36,7 @@ def learning_rate_at(step: int, num_steps: int, peak: float, warmup_steps: int) 
     return peak * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def update(
-    model: nn.Module, optimizer: torch.optim.Optimizer, learning_rate: float, max_grad_norm: float
-) -> float:
+def update(model: nn.Module, optimizer: AdamW, learning_rate: float, max_grad_norm: float) -> float:
     """Clip, step, clear; returns the gradient's norm before the clip, over all ranks.
 
     A norm that is not finite leaves the weights as they are: the caller logs it.
@@ -48,10 +51,24 @@ def update(
     return norm
 
 
-def num_steps(config, num_samples: int, world: World) -> int:
+def num_steps(config: TrainConfig, num_samples: int, world: World) -> int:
     """Optimizer steps of a run: --max_steps, or as many as --num_epochs take, rounded up."""
     batch_size = config.batch_size(world.size)
     return config.max_steps or math.ceil(config.num_epochs * num_samples / batch_size)
+
+
+def load_inputs(config: TrainConfig) -> tuple[list[Sample], object, dict]:
+    """The samples, the tokenizer, and what make_prompt needs besides (template, mean, std).
+
+    Raises:
+        ValueError: naming the flag, the file, or the file's row.
+    """
+    samples = load_samples(config.data, config.data_root or None)
+    samples = [sample for sample in samples if sample.data_type in config.data_types]
+    require(samples, f"--data {config.data} holds none of --data_types {config.data_types}")
+    template = load_template(config.prompt_template)
+    options = {"template": template, **load_normalisation(config.model)}
+    return samples, load_tokenizer(config.model), options
 
 
 class PhaseTimer:
@@ -69,20 +86,37 @@ class PhaseTimer:
         elapsed = time.perf_counter() - start
         self.seconds[phase] = self.seconds.get(phase, 0.0) + elapsed
 
+    def metrics(self, num_tokens: float, world: World) -> dict[str, float]:
+        """Each phase at the slowest rank, their sum, tokens per second, peak memory."""
+        slowest = max_over_ranks({"memory": peak_memory_gib(world.device), **self.seconds})
+        memory = slowest.pop("memory")
+        seconds = sum(slowest.values())
+        return {
+            "seconds": seconds,
+            **{f"seconds_{phase}": value for phase, value in slowest.items()},
+            "tokens_per_second": num_tokens / seconds,
+            "peak_memory_gib": round(memory, 2),
+        }
+
 
 class RunLog:
-    """metrics.jsonl, rollouts.jsonl, the console line and the progress bar, on rank 0 alone."""
+    """A run's folder: config.json, metrics.jsonl, rollouts.jsonl, written by rank 0, which also
+    shows the console line and the progress bar."""
 
-    def __init__(self, folder: Path, world: World, total_steps: int, name: str):
-        self.is_main = world.is_main
+    def __init__(self, folder: Path, config: TrainConfig, world: World, num_steps: int, name: str):
+        self.folder, self.is_main, self.rollouts_file = folder, world.is_main, None
         if self.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+            (folder / "config.json").write_text(text, encoding="utf-8")
             self.metrics_file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-            self.rollouts_file = None
-            self.folder = folder
-            self.bar = tqdm(total=total_steps, desc=name, unit="step", dynamic_ncols=True)
+            self.bar = tqdm(total=num_steps, desc=name, unit="step", dynamic_ncols=True)
 
     def metrics(self, metrics: dict[str, float | int | None]) -> None:
-        """One object into metrics.jsonl, the same on the console. null: not defined, or no number."""
+        """One object into metrics.jsonl, the same on the console.
+
+        null stands for what is not defined in a step, or is not finite.
+        """
         if not self.is_main:
             return
         metrics = {key: value if _is_number(value) else None for key, value in metrics.items()}

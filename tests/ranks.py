@@ -1,0 +1,141 @@
+"""What test_distributed.py launches with torchrun: several short trainings in one process group.
+
+usage: ranks.py OUT, in a folder that holds runs/toy/base and runs/toy/data
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+import toy
+import train_rl
+import train_sft
+from data import load_samples
+from distributed import die_with_parent, main_does, process_group, unsharded
+from sampling import Rollout
+from train_rl import RLConfig
+from train_sft import SFTConfig
+
+OUT = Path(sys.argv[1])
+COMMON = {
+    "model": str(toy.BASE), "max_frames": 8, "num_workers": 1, "activation_checkpointing": False,
+    "learning_rate": 1e-3, "max_steps": 3,
+}  # fmt: skip
+RL = {"group_size": 4, "shuffled_group_size": 2, "max_new_tokens": 12, "l_min": 5, "l_max": 12}
+
+
+def written_rollouts(policy, tokenizer, batch, config, step, options):
+    """Rollouts as somebody wrote them: the same whatever the ranks, with rewards that differ."""
+
+    def rollout(prompt, texts):
+        ids = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
+        width = max(map(len, ids))
+        mask = torch.tensor([[place < len(row) for place in range(width)] for row in ids])
+        padded = torch.tensor([row + [0] * (width - len(row)) for row in ids])
+        return Rollout(prompt, padded, mask, torch.ones(len(ids)).bool(), mask * 0.0, texts)
+
+    rollouts = []
+    for media in batch:
+        right = media.sample.solution
+        texts = [
+            f"<think>It goes from left to right.</think>\n{right}",
+            "<think>I see a square.</think>\n<answer>Z</answer>",
+            f"right {right}",
+            "<think>It goes" + " up" * (step + media.sample.row % 3),
+        ]
+        ordered = rollout(media.prompt(tokenizer, **options), texts)
+        shuffled = rollout(ordered.prompt, texts[1:3]) if media.sample.is_video else None
+        rollouts.append((ordered, shuffled))
+    return rollouts
+
+
+def layouts(world_size):
+    """Ways to cut a step of 4 prompts: name and (prompts_per_rank, gradient_accumulation_steps)."""
+    per_rank = 4 // world_size
+    cuts = {"whole": (per_rank, 1)}
+    if world_size == 1:
+        cuts["accumulated"] = (1, 4)
+    return cuts.items()
+
+
+def same_losses(world):
+    """SFT and RL, on given rollouts, with each way to cut the same steps."""
+    sample_rollouts, train_rl.sample_rollouts = train_rl.sample_rollouts, written_rollouts
+    for name, (per_rank, accumulation) in layouts(world.size):
+        cut = {"prompts_per_rank": per_rank, "gradient_accumulation_steps": accumulation}
+        sft = {"data": str(toy.SFT_DATA), "output_dir": str(OUT / f"sft-{name}")}
+        train_sft.train(SFTConfig(**COMMON | cut | sft), world)
+        for level, iterations in (("token", 1), ("sequence", 2)):
+            rl = {"data": str(toy.RL_DATA), "output_dir": str(OUT / f"rl-{level}-{name}")}
+            rl |= {"num_iterations": iterations, "ratio_level": level, "clip_eps": 0.01}
+            rl["learning_rate"] = 1e-3 if level == "token" else 1e-4  # whole ratios soon explode
+            train_rl.train(RLConfig(**COMMON | RL | cut | rl), world)
+    train_rl.sample_rollouts = sample_rollouts
+
+
+def sampled_twice(world):
+    """RL with real rollouts, twice with one seed; the reference must come out as it went in."""
+    load, kept = train_rl.load_policy_and_reference, []
+
+    def load_and_keep(config, world):
+        kept[:] = load(config, world)
+        return kept
+
+    train_rl.load_policy_and_reference = load_and_keep
+    for name in ("once", "again"):
+        rl = {"data": str(toy.RL_DATA), "output_dir": str(OUT / f"sampled-{name}")}
+        rl |= {"prompts_per_rank": 2, "activation_checkpointing": True}
+        train_rl.train(RLConfig(**COMMON | RL | rl), world)
+    policy, reference = kept
+    fresh = load(RLConfig(**COMMON | {"data": str(toy.RL_DATA)}), world)[1]
+    for mine, loaded in zip(reference.parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(mine.to_local(), loaded.to_local()), "the reference has changed"
+        assert mine.grad is None, "the reference has a gradient"
+    assert not reference.training
+    check_unsharded(policy)
+    train_rl.load_policy_and_reference = load
+
+
+def check_unsharded(policy):
+    """Inside `unsharded` every rank holds the whole weights, and outside its part again."""
+    whole = {name: parameter.full_tensor() for name, parameter in policy.named_parameters()}
+    with unsharded(policy):
+        for name, parameter in policy.named_parameters():
+            assert not isinstance(parameter, DTensor), name
+            assert torch.equal(parameter, whole[name]), name
+    assert all(isinstance(parameter, DTensor) for parameter in policy.parameters())
+
+
+def unlike_ranks(world):
+    """Even ranks see images alone and stop after 3 tokens, odd ones videos and stop after 12."""
+    kind = ("image", "video")[world.rank % 2]
+    for stage, source in (("sft", toy.SFT_DATA), ("rl", toy.RL_DATA)):
+        rows = json.loads(source.read_text())
+        file = source.with_name(f"{stage}-{kind}.json")
+        if world.rank < 2:
+            file.write_text(json.dumps([row for row in rows if row["data_type"] == kind]))
+        dist.barrier()
+        assert len({sample.data_type for sample in load_samples(file)}) == 1
+        mine = COMMON | {"data": str(file), "output_dir": str(OUT / f"unlike-{stage}")}
+        mine |= {"max_steps": 5, "prompts_per_rank": 2}
+        if stage == "sft":
+            train_sft.train(SFTConfig(**mine), world)
+        else:
+            config = RLConfig(**mine | RL)
+            cut = 3 if kind == "image" else 12
+            train_rl.train(dataclasses.replace(config, max_new_tokens=cut), world)
+
+
+if __name__ == "__main__":
+    die_with_parent()
+    with process_group(timeout_seconds=120) as world:
+        same_losses(world)
+        if world.size == 2:
+            sampled_twice(world)
+            unlike_ranks(world)
+        main_does(world, lambda: (OUT / "done").write_text("all checks ran\n"))

@@ -1,0 +1,398 @@
+"""toy.py: the same bytes from the same seed, right answers, a model folder as the Hub has it.
+
+The toy is read back through the doors of a real run: load_samples, read_frames, from_pretrained.
+"""
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import Qwen2_5_VLForConditionalGeneration as Qwen
+
+import data
+import rewards
+import toy
+
+NAMES = tuple(toy.SPLITS)
+
+
+@pytest.fixture(scope="module")
+def folder(toy_folder):
+    return toy_folder / "runs/toy"
+
+
+@pytest.fixture(scope="module")
+def splits(folder):
+    return {name: data.load_samples(folder / f"data/{name}.json") for name in NAMES}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return AutoTokenizer.from_pretrained(folder / "base")
+
+
+@pytest.fixture(scope="module")
+def model_and_report(folder):
+    return Qwen.from_pretrained(folder / "base", output_loading_info=True)
+
+
+def files(folder):
+    """Every file below a folder, by its name relative to it."""
+    return {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+
+
+def contents(folder):
+    return {name: path.read_bytes() for name, path in files(folder).items()}
+
+
+def answer_of(sample):
+    return rewards.extract_answer(sample.solution)
+
+
+def is_choice(sample):
+    return sample.problem_type == "multiple choice"
+
+
+# --------------------------------------------------------------------------------- made from a seed
+
+
+def test_made_again_from_the_same_seed_gives_the_same_bytes(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the fixture's toy comes from a process of its own
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    toy.ensure_toy(seed=0)
+    assert torch.equal(torch.get_rng_state(), torch_state)  # the run's own draws do not move
+    np.testing.assert_array_equal(np.random.get_state()[1], numpy_state)
+    assert {path.name for path in toy.FOLDER.iterdir()} == {"base", "data"}  # no scratch is left
+    first, second = contents(folder), contents(toy.FOLDER)
+    assert first.keys() == second.keys()
+    assert [name for name in first if first[name] != second[name]] == []
+
+
+def test_another_seed_gives_other_data_and_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy, "SPLITS", dict.fromkeys(NAMES, 40))
+    for seed in (0, 1):
+        for name, make in (("data", toy.make_data), ("base", toy.make_model)):
+            (tmp_path / f"{seed}/{name}").mkdir(parents=True)
+            make(tmp_path / f"{seed}/{name}", seed)
+    first, second = contents(tmp_path / "0"), contents(tmp_path / "1")
+    for name in ("data/sft.json", "data/rl.json", "data/test.json", "base/model.safetensors"):
+        assert first[name] != second[name]
+    clips = {name for name in first.keys() & second.keys() if name.endswith(".y4m")}
+    assert len(clips) > 40
+    assert all(first[name] != second[name] for name in clips)
+    assert first["base/tokenizer.json"] == second["base/tokenizer.json"]  # checkpoints fit both
+    for clip in {Path(name).name for name in clips}:  # nor is one split a copy of another
+        shown = [first[name] for name in clips if Path(name).name == clip]
+        assert len(set(shown)) == len(shown)
+
+
+def test_never_made_twice(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent.parent)
+
+    def state():
+        paths = [folder, *folder.rglob("*")]
+        return {path: (info.st_ino, info.st_mtime_ns, info.st_size)
+                for path in paths for info in [path.stat()]}  # fmt: skip
+
+    before = state()
+    assert len(before) > 2700
+    for seed in (0, 1):
+        toy.ensure_toy(seed)
+    assert state() == before
+
+
+def test_only_what_is_missing_is_made_and_only_whole(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = []
+
+    def make(folder, seed):
+        made.append((folder, seed))
+        (folder / "file").write_text("whole")
+
+    def fail(folder, seed):
+        (folder / "file").write_text("half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(toy, "make_model", make)
+    monkeypatch.setattr(toy, "make_data", fail)
+    with pytest.raises(OSError, match="disk full"):
+        toy.ensure_toy(seed=3)
+    assert (toy.BASE / "file").read_text() == "whole"
+    assert not toy.TEST_DATA.parent.exists()
+
+    monkeypatch.setattr(toy, "make_data", make)
+    toy.ensure_toy(seed=3)
+    assert (toy.TEST_DATA.parent / "file").read_text() == "whole"
+    assert [seed for _, seed in made] == [3, 3]  # the model once, the data once
+    assert toy.BASE.stat().st_mode & 0o777 == 0o755  # others may read it
+
+
+# ------------------------------------------------------------------------------------ the data sets
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_split_is_in_the_official_format(folder, splits, name):
+    rows = json.loads((folder / f"data/{name}.json").read_text(encoding="utf-8"))
+    keys = {"problem_id", "problem", "data_type", "problem_type", "options", "process", "solution",
+            "path", "data_source"}  # fmt: skip
+    assert {frozenset(row) for row in rows} == {frozenset(keys)}
+    assert [row["problem_id"] for row in rows] == [*range(len(rows))]
+    assert all(row["path"].startswith("./") for row in rows)
+    assert abs(len(rows) - toy.SPLITS[name]) <= 3  # the shares of the kinds are rounded
+
+    used = [Path(sample.path) for sample in splits[name]]
+    assert len(set(used)) == len(used)
+    assert set(used) == set(files(folder / f"data/{name}").values())
+    assert {bool(sample.process) for sample in splits[name]} == {name == "sft"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_split_has_all_types_and_is_mostly_multiple_choice(splits, name):
+    samples = splits[name]
+    types = Counter(sample.problem_type for sample in samples)
+    assert set(types) == set(data.PROBLEM_TYPES)
+    assert types["multiple choice"] > len(samples) / 2
+    kinds = Counter(sample.data_type for sample in samples)
+    assert set(kinds) == {"image", "video"}
+    assert min(kinds.values()) > len(samples) / 10
+    choices = {sample.data_type for sample in samples if is_choice(sample)}
+    assert choices == {"image", "video"}
+
+
+def test_test_set_has_200_video_choices(splits):
+    clips = [sample for sample in splits["test"] if sample.is_video and is_choice(sample)]
+    assert len(clips) >= 200
+    answers = Counter(answer_of(sample) for sample in clips)
+    assert set(answers) == set("ABCD")
+    assert max(answers.values()) < 0.35 * len(clips)  # no letter pays when it is always given
+
+
+def test_each_option_text_has_one_letter(splits):
+    letters = {}
+    for sample in (sample for name in NAMES for sample in splits[name]):
+        assert bool(sample.options) == is_choice(sample)
+        for place, option in enumerate(sample.options):
+            label, text = option.split(". ")
+            assert label == "ABCD"[place]
+            letters.setdefault(text, set()).add(label)
+        if sample.options:
+            assert answer_of(sample) in "ABCD"[: len(sample.options)]
+    assert set(letters) == {*toy.DIRECTIONS, *toy.COLOURS}
+    assert all(len(labels) == 1 for labels in letters.values())
+
+
+def test_no_clip_of_the_test_set_is_trained_on(splits):
+    def clips(*names):
+        return {Path(sample.path).read_bytes()
+                for name in names for sample in splits[name] if sample.is_video}  # fmt: skip
+
+    assert not clips("test") & clips("sft", "rl")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_solution_can_be_scored(splits, name):
+    for sample in splits[name]:
+        rewards.check_solution(sample.solution, sample.problem_type)
+        assert answer_of(sample)
+        assert rewards.accuracy_reward(sample.solution, sample.solution, sample.problem_type) == 1
+
+
+def test_every_sft_response_survives_the_tokenizer_and_earns_all(splits, tokenizer):
+    for sample in splits["sft"]:
+        ids = data.response_ids(sample, tokenizer)
+        assert ids[-1] == tokenizer.eos_token_id
+        text = tokenizer.decode(ids[:-1])
+        assert text == f"{sample.process}\n{sample.solution}"
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text  # the tags are not special
+        assert rewards.format_reward(text) == 1
+        assert rewards.accuracy_reward(text, sample.solution, sample.problem_type) == 1
+
+
+# ---------------------------------------------------------------------------- the answers are right
+
+
+def bright(frames, threshold=75):
+    """Where the square is: bool, the shape of the frames without colour. Grounds stay below 60."""
+    return np.asarray(frames, np.float32).mean(-1) > threshold
+
+
+def direction_of(frames):
+    """Which way the square's centre moves; it must do so in one line and never turn back."""
+    centres = np.array([np.argwhere(mask).mean(0) for mask in bright(frames)])  # (F, 2) as (y, x)
+    dy, dx = centres[-1] - centres[0]
+    along = centres[:, 0] if abs(dy) > abs(dx) else centres[:, 1]
+    assert min(abs(dx), abs(dy)) < 0.5
+    assert (np.diff(along) >= -0.5).all() or (np.diff(along) <= 0.5).all()
+    if abs(dy) > abs(dx):
+        return "down" if dy > 0 else "up"
+    return "right" if dx > 0 else "left"
+
+
+def colour_of(frame):
+    inside = np.asarray(frame, np.float32)[bright(frame)].mean(0)
+    distances = {name: math.dist(inside, colour) for name, colour in toy.COLOURS.items()}
+    return min(distances, key=distances.get)
+
+
+def of_kind(samples, kind, most=10**6):
+    return [sample for sample in samples if sample.data_source == f"toy/{kind}"][:most]
+
+
+def chosen_text(sample):
+    return sample.options["ABCD".index(answer_of(sample))].split(". ")[1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_square_moves_as_the_answer_says(splits, name):
+    choices = of_kind(splits[name], "direction", most=20)
+    assert {chosen_text(sample) for sample in choices} == set(toy.DIRECTIONS)
+    for sample in choices:
+        frames, seconds = data.read_frames(sample.path)
+        assert frames.shape == (toy.NUM_FRAMES, toy.SIDE, toy.SIDE, 3)
+        assert seconds == 1 / toy.FPS
+        assert direction_of(frames) == chosen_text(sample)
+        assert direction_of(frames[::-1]) != chosen_text(sample)
+
+    texts = of_kind(splits[name], "describe", most=10)
+    assert len(texts) == 10
+    for sample in texts:
+        frames, _ = data.read_frames(sample.path)
+        expected = f"A {colour_of(frames[0])} square moves {direction_of(frames)}"
+        assert answer_of(sample) == expected
+
+
+def test_the_reasoning_says_where_the_square_comes_from(splits):
+    origins = {"left": "right to left", "right": "left to right", "up": "bottom to top",
+               "down": "top to bottom"}  # fmt: skip
+    for sample in of_kind(splits["sft"], "direction"):
+        assert f"from {origins[chosen_text(sample)]}." in sample.process
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pictures_show_what_the_answer_says(splits, name):
+    counts, widths = of_kind(splits[name], "count"), of_kind(splits[name], "width")
+    colours, words = of_kind(splits[name], "colour"), of_kind(splits[name], "word")
+    assert min(map(len, (counts, widths, colours, words))) >= 10
+    for sample in counts:  # squares of 16 pixels, which may touch but not cover each other
+        mask = bright(data.read_image(sample.path))
+        assert mask.sum() == int(answer_of(sample)) * 16**2
+    for sample in widths:
+        (mask,) = bright(data.read_image(sample.path))
+        assert mask.any(0).sum() == mask.any(1).sum() == int(answer_of(sample))
+    for sample in colours:
+        (picture,) = data.read_image(sample.path)
+        assert colour_of(picture) == chosen_text(sample)
+    widths_of_words = {}
+    for sample in words:
+        (mask,) = bright(data.read_image(sample.path))
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        assert 0 < rows[0] <= rows[-1] < toy.SIDE - 1  # whole within the picture
+        assert 0 < columns[0] <= columns[-1] < toy.SIDE - 1
+        size = columns[-1] - columns[0]
+        widths_of_words.setdefault(answer_of(sample), set()).add(int(size))
+    assert set(widths_of_words) == set(toy.WORDS)
+    assert all(max(sizes) - min(sizes) <= 1 for sizes in widths_of_words.values())
+
+
+# --------------------------------------------------------------------------------- the model folder
+
+
+def test_model_folder_opens_whole(model_and_report):
+    model, report = model_and_report
+    assert not any(report.values()), report  # no missing, unexpected or misshapen weights
+    assert type(model) is Qwen
+    assert sum(parameter.numel() for parameter in model.parameters()) < 2_000_000
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_weights_have_the_hubs_names(folder):
+    from safetensors import safe_open
+
+    with safe_open(folder / "base/model.safetensors", "pt") as weights:
+        names = set(weights.keys())
+        assert weights.metadata() == {"format": "pt"}
+    assert {"lm_head.weight", "model.embed_tokens.weight", "visual.patch_embed.proj.weight"} < names
+    assert {name.split(".")[0] for name in names} == {"visual", "model", "lm_head"}
+    assert not any(name.startswith(("model.visual", "model.language_model")) for name in names)
+
+
+def test_model_reads_a_prompt_and_generates(splits, tokenizer, model_and_report):
+    model, _ = model_and_report
+    clip = of_kind(splits["test"], "direction")[0]
+    prompt = data.make_prompt(clip, tokenizer)
+    kinds = (prompt.input_ids == model.config.video_token_id).int()[None] * 2
+    with torch.no_grad():
+        logits = model(
+            input_ids=prompt.input_ids[None], pixel_values_videos=prompt.pixel_values,
+            video_grid_thw=prompt.grid_thw[None], mm_token_type_ids=kinds,
+            second_per_grid_ts=torch.tensor([prompt.seconds_per_grid]),
+        ).logits  # (1, S, V)  # fmt: skip
+    assert logits.shape == (1, len(prompt.input_ids), len(tokenizer))
+    assert logits.isfinite().all()
+    assert logits[0, -1].std() > 1e-3
+
+
+def test_generation_config_carries_the_hubs_traps(folder, tokenizer):
+    settings = GenerationConfig.from_pretrained(folder / "base")
+    assert settings.do_sample is True
+    assert settings.repetition_penalty == 1.05
+    assert settings.temperature == 1e-6
+    end, padding = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    assert settings.eos_token_id == [end, padding]
+    assert settings.pad_token_id == padding
+
+
+def test_ids_of_config_and_tokenizer_agree(folder, tokenizer):
+    config = AutoConfig.from_pretrained(folder / "base")
+    for name, token in {
+        "image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
+        "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>",
+    }.items():  # fmt: skip
+        assert getattr(config, name) == tokenizer.convert_tokens_to_ids(token)
+        assert tokenizer(token, add_special_tokens=False)["input_ids"] == [getattr(config, name)]
+    assert config.text_config.vocab_size == len(tokenizer)
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer.pad_token == "<|endoftext|>"
+    assert tokenizer.chat_template
+
+
+def test_preprocessor_config_is_qwens(folder):
+    settings = json.loads((folder / "base/preprocessor_config.json").read_text())
+    assert settings["image_mean"] == list(data.CLIP_MEAN)
+    assert settings["image_std"] == list(data.CLIP_STD)
+    sizes = (settings["patch_size"], settings["temporal_patch_size"], settings["merge_size"])
+    assert sizes == (data.PATCH, data.TEMPORAL_PATCH, data.MERGE)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("方块向哪个方向移动？", id="Chinese"),
+        pytest.param("😀 👩‍👩‍👧 🇨🇳", id="emoji"),
+        pytest.param("naïve Ω ﬁ e\u0301", id="accents, not normalised"),
+        pytest.param("  two  spaces\tand\r\n\n lines ", id="white space"),
+        pytest.param("<think>a</think>\n<answer>B</answer>", id="tags"),
+        pytest.param("<|unknown|> < answer > </ think>", id="no tags"),
+        pytest.param("\0\x7f\u2028\uffff\U0010ffff", id="odd characters"),
+        pytest.param("x" * 5000, id="longer than the model"),
+        pytest.param("", id="empty"),
+    ],
+)
+def test_any_text_round_trips(tokenizer, text):
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+@pytest.mark.parametrize("token", toy.SPECIAL + toy.TAGS)
+def test_special_tokens_and_tags_are_one_token(tokenizer, token):
+    ids = tokenizer(f"a{token}b", add_special_tokens=False)["input_ids"]
+    assert tokenizer.convert_tokens_to_ids(token) in ids
+    shown = tokenizer.decode(ids, skip_special_tokens=True)
+    assert shown == ("ab" if token in toy.SPECIAL else f"a{token}b")
