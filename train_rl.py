@@ -97,11 +97,11 @@ class RLConfig(TrainConfig):
 
 
 def toy_defaults(world_size: int) -> dict:
-    """What the toy changes. Its 8 prompts a step are the same for 1, 2, 4 and 8 ranks."""
+    """What the toy changes. Its 16 prompts a step are the same for 1, 2, 4, 8 and 16 ranks."""
     return {
         "model": str(toy.SFT / "model"), "data": str(toy.RL_DATA), "output_dir": str(toy.RL),
-        "max_steps": 150, "prompts_per_rank": max(1, 8 // world_size), "learning_rate": 2e-4,
-        "warmup_steps": 5, "max_frames": toy.NUM_FRAMES, "max_new_tokens": 40, "l_min": 12,
+        "max_steps": 300, "prompts_per_rank": max(1, 16 // world_size), "learning_rate": 3e-4,
+        "warmup_steps": 10, "max_frames": toy.NUM_FRAMES, "max_new_tokens": 40, "l_min": 12,
         "l_max": 24, "num_workers": 1, "activation_checkpointing": False,
     }  # fmt: skip
 

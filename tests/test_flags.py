@@ -58,8 +58,9 @@ def as_words(value: object) -> list[str]:
 
 # ----------------------------------------------------------------------------- names and defaults
 
-# The paper's sentences, from its Sections 3.2, 3.3, 4.1 and Appendix D.
-SETTINGS_31 = "we limit the maximum number of video frames to 16 during training"
+# The paper's sentences: Sections 3.2 (alpha, threshold), 3.3 (omega, lengths), 4.1 (groups, frames,
+# pixels, steps, decoding) and Appendix D (optimizer, beta, response length).
+FRAMES = "we limit the maximum number of video frames to 16 during training"
 PIXELS = "Each frame is processed at a max resolution of 128 x 28 x 28 pixels"
 ADAM = "We use the Adam optimizer with a learning rate of 1e-6"
 DECAY = "we apply a weight decay rate of 0.01 and clip the maximum gradient norm to 5"
@@ -90,15 +91,15 @@ LENGTH = "The maximum response length is set to 768 tokens"
         pytest.param("rl", "max_grad_norm", 5.0, DECAY, id="rl-grad-norm"),
         pytest.param("rl", "max_new_tokens", 768, LENGTH, id="rl-length"),
         pytest.param("eval", "max_new_tokens", 768, LENGTH, id="eval-length"),
-        pytest.param("sft", "max_frames", 16, SETTINGS_31, id="sft-frames"),
-        pytest.param("rl", "max_frames", 16, SETTINGS_31, id="rl-frames"),
+        pytest.param("sft", "max_frames", 16, FRAMES, id="sft-frames"),
+        pytest.param("rl", "max_frames", 16, FRAMES, id="rl-frames"),
         pytest.param("eval", "max_frames", 16, "frames to 16~64", id="eval-frames"),
         pytest.param("sft", "max_pixels", 128 * 28 * 28, PIXELS, id="sft-pixels"),
         pytest.param("rl", "max_pixels", 128 * 28 * 28, PIXELS, id="rl-pixels"),
         pytest.param("eval", "max_pixels", 256 * 28 * 28, "256 x 28 x 28", id="eval-pixels"),
         pytest.param("eval", "temperature", 0.01, DECODING, id="eval-temperature"),
         pytest.param("eval", "top_p", 0.001, DECODING, id="eval-top-p"),
-        # The paper gives none of these: GRPO's clip, its own form of Eq. 2 and Eq. 4 by tokens.
+        # Where the paper gives no number: GRPO's defaults, and the form of its own equations.
         pytest.param("rl", "clip_eps", 0.2, "(not given)", id="epsilon"),
         pytest.param("rl", "num_iterations", 1, "(not given)", id="iterations"),
         pytest.param("rl", "temporal", True, "Eq. 1", id="temporal"),
@@ -115,12 +116,14 @@ def test_a_real_run_has_the_papers_values(script, name, value, quote):
     assert getattr(config, name) == value, quote
 
 
-SHARED_NAMES = "model data data_root output_dir seed max_frames min_pixels max_pixels " \
-    "image_max_pixels prompt_template".split()  # fmt: skip
-TRAINING_NAMES = "max_steps num_epochs learning_rate weight_decay max_grad_norm warmup_steps " \
-    "prompts_per_rank gradient_accumulation_steps data_types".split()  # fmt: skip
-RL_NAMES = "group_size shuffled_group_size alpha omega l_min l_max beta clip_eps temporal " \
-    "correct_threshold num_iterations temporal_target length_reward max_new_tokens".split()  # fmt: skip
+SHARED_NAMES = ["model", "data", "data_root", "output_dir", "seed", "max_frames", "min_pixels",
+                "max_pixels", "image_max_pixels", "prompt_template"]  # fmt: skip
+TRAINING_NAMES = ["max_steps", "num_epochs", "learning_rate", "weight_decay", "max_grad_norm",
+                  "warmup_steps", "prompts_per_rank", "gradient_accumulation_steps",
+                  "data_types"]  # fmt: skip
+RL_NAMES = ["group_size", "shuffled_group_size", "alpha", "omega", "l_min", "l_max", "beta",
+            "clip_eps", "correct_threshold", "num_iterations", "temporal", "temporal_target",
+            "length_reward", "max_new_tokens"]  # fmt: skip
 EVAL_NAMES = ["order", "batch_size", "temperature", "top_p", "max_new_tokens"]
 
 
@@ -214,7 +217,7 @@ def test_the_toys_batch_is_the_same_for_any_number_of_ranks(script, batch_size, 
             "data_types",
             ["video", "image"],
             id="list-before-a-flag",
-        ),  # fmt: skip
+        ),
         pytest.param("rl", ["--learning_rate", "1e-5"], "learning_rate", 1e-5, id="exponent"),
         pytest.param("rl", ["--alpha", "0"], "alpha", 0.0, id="whole-number-as-float"),
         pytest.param("rl", ["--seed", "1", "--seed", "2"], "seed", 2, id="last-one-counts"),
@@ -224,7 +227,7 @@ def test_the_toys_batch_is_the_same_for_any_number_of_ranks(script, batch_size, 
             "data",
             ["a.json", "b.json"],
             id="several-data-files",
-        ),  # fmt: skip
+        ),
     ],
 )
 def test_values(script, argv, name, value):

