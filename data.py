@@ -27,6 +27,7 @@ PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".y4m")
 ORDERS = ("ordered", "shuffled", "reversed", "single")
 
+VISION_TOKENS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
 PATCH, MERGE, TEMPORAL_PATCH = 14, 2, 2  # Qwen2.5-VL: pixels, patches per side, frames
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -117,12 +118,21 @@ def load_samples(path: str | Path, data_root: str | Path | None = None) -> list[
 
 def _read_rows(path: Path) -> list:
     try:
-        text = path.read_text(encoding="utf-8")
-        if text.lstrip()[:1] == "[":
-            return json.loads(text)
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is neither a JSON list nor JSON lines: {error}") from None
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from None
+    if text.lstrip()[:1] == "[":
+        return _parse_json(text, str(path))
+    # Not splitlines, which also cuts at characters that a JSON text may hold.
+    lines = [line for line in text.split("\n") if line.strip()]
+    return [_parse_json(line, f"{path}, row {row}") for row, line in enumerate(lines)]
+
+
+def _parse_json(text: str, where: str):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # no JSON, a number too long, nested too deeply
+        raise ValueError(f"{where} is not JSON: {error}") from None
 
 
 def _check_row(row: object, number: int, path: Path, root: Path) -> Sample:
@@ -137,7 +147,7 @@ def _check_row(row: object, number: int, path: Path, root: Path) -> Sample:
             return ""
         if not isinstance(value, str) or (required and not value.strip()):
             raise ValueError(f"{where}: '{key}' must be a text that is not empty, found {value!r}")
-        return value
+        return _check_text(value, f"{where}: '{key}'")
 
     def one_of(key: str, allowed: tuple[str, ...]) -> str:
         value = text(key)
@@ -150,9 +160,12 @@ def _check_row(row: object, number: int, path: Path, root: Path) -> Sample:
     data_type = one_of("data_type", ("image", "video", "frame"))
     if data_type == "frame":  # 200 rows of eval_mvbench say so of a clip
         data_type = "video" if relative.lower().endswith(VIDEO_SUFFIXES) else "image"
-    options = row.pop("options", None) or []
+    options = row.pop("options", None)
+    options = [] if options is None else options
     if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
         raise ValueError(f"{where}: 'options' must be a list of texts, found {options!r}")
+    for option in options:
+        _check_text(option, f"{where}: an option")
     problem_id = row.pop("problem_id", number)
     if not isinstance(problem_id, int | str):
         raise ValueError(f"{where}: 'problem_id' must be a number or a text, found {problem_id!r}")
@@ -169,6 +182,15 @@ def _check_row(row: object, number: int, path: Path, root: Path) -> Sample:
         row=number,
         extra=row,
     )
+
+
+def _check_text(value: str, what: str) -> str:
+    """JSON may hold half a surrogate pair, which is no character and no tokenizer takes."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{what} is not valid Unicode: {error}") from None
+    return value
 
 
 def _resolve(relative: str, root: Path, where: str) -> Path:
@@ -188,7 +210,10 @@ def load_template(path: str | None) -> str:
         return TEMPLATE
     if not Path(path).is_file():
         raise ValueError(f"--prompt_template {path} does not exist")
-    template = Path(path).read_text(encoding="utf-8").rstrip("\n")
+    try:
+        template = Path(path).read_text(encoding="utf-8").rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompt_template {path} is not UTF-8: {error}") from None
     if "{question}" not in template:
         raise ValueError(f"--prompt_template {path} does not hold {{question}}")
     return template
@@ -271,7 +296,7 @@ def response_ids(sample: Sample, tokenizer) -> Tensor:
     """The assistant's turn of an SFT row: process, line break, solution, end token. int64 (T,).
 
     Raises:
-        ValueError: the row has no `process`.
+        ValueError: the row has no `process`, or holds a vision token: its probability is 0.
     """
     require_process(sample)
     solution = sample.solution.strip()
@@ -279,6 +304,10 @@ def response_ids(sample: Sample, tokenizer) -> Tensor:
         solution = f"<answer>{solution}</answer>"
     text = f"{sample.process.strip()}\n{solution}"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    vision = set(ids) & set(tokenizer.convert_tokens_to_ids(list(VISION_TOKENS)))
+    if vision:
+        where = f"row {sample.row} (problem {sample.problem_id})"
+        raise ValueError(f"{where}: its response holds {tokenizer.decode(sorted(vision))}")
     return torch.tensor([*ids, tokenizer.eos_token_id])
 
 

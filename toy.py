@@ -33,7 +33,7 @@ DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 OPPOSITE = {"left": "right", "right": "left", "up": "bottom", "down": "top"}
 ENDS = {"left": "left", "right": "right", "up": "top", "down": "bottom"}
 WORDS = ("stop", "exit", "open", "wait")
-SPLITS = {"sft": 1600, "rl": 800, "test": 320}  # rows
+SPLITS = {"sft": 1600, "rl": 800, "test": 320}  # rows, about: each kind is rounded
 # Share of each kind of question; the largest is the one that feels the order of frames.
 KINDS = {"direction": 0.70, "colour": 0.08, "count": 0.08, "describe": 0.05, "word": 0.04,
          "width": 0.05}  # fmt: skip

@@ -197,11 +197,13 @@ def test_a_flag_that_the_user_gives_wins_over_the_toy(script, name):
     assert spaced == CONFIGS[script](**others)
 
 
-@pytest.mark.parametrize("script, batch_size", [("sft", 32), ("rl", 8)])
-@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
-def test_the_toys_batch_is_the_same_for_any_number_of_ranks(script, batch_size, world_size):
-    config = CONFIGS[script](**toy_defaults(script, world_size))
-    assert config.batch_size(world_size) == batch_size
+@pytest.mark.parametrize("script", ["sft", "rl"])
+def test_the_toys_batch_is_the_same_for_any_number_of_ranks(script):
+    sizes = [
+        CONFIGS[script](**toy_defaults(script, world_size)).batch_size(world_size)
+        for world_size in (1, 2, 4, 8)
+    ]
+    assert len(set(sizes)) == 1, sizes
 
 
 @pytest.mark.parametrize(
