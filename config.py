@@ -5,6 +5,7 @@ paper gives one (its place is in the help text). A run is the toy if neither --m
 given; the toy replaces some defaults, never a flag that the user gave.
 """
 
+import argparse
 import dataclasses
 import difflib
 import sys
@@ -40,6 +41,14 @@ class MediaConfig:
         keys = ("max_frames", "min_pixels", "max_pixels", "image_max_pixels")
         return {key: getattr(self, key) for key in keys}
 
+    def check_media(self) -> None:
+        """Raises ValueError naming the first flag whose value makes no sense."""
+        for name in ("max_frames", "num_workers", "min_pixels"):
+            require(getattr(self, name) >= 1, f"--{name} must be at least 1")
+        for name in ("max_pixels", "image_max_pixels"):
+            require(getattr(self, name) >= self.min_pixels, f"--{name} is below --min_pixels")
+        require(self.decode_timeout > 0, "--decode_timeout must be positive")
+
 
 @dataclass
 class TrainConfig(MediaConfig):
@@ -60,19 +69,15 @@ class TrainConfig(MediaConfig):
     warmup_steps: int = flag(0, "steps over which the learning rate rises, before the cosine")
     activation_checkpointing: bool = flag(True, "recompute each layer in the backward pass")
 
-    def check(self, world_size: int) -> None:
+    def check(self) -> None:
         """Raises ValueError naming the first flag whose value makes no sense."""
-        at_least_one = ("prompts_per_rank", "gradient_accumulation_steps", "max_frames",
-                        "num_workers", "min_pixels")  # fmt: skip
-        for name in at_least_one:
+        self.check_media()
+        for name in ("prompts_per_rank", "gradient_accumulation_steps"):
             require(getattr(self, name) >= 1, f"--{name} must be at least 1")
-        not_negative = ("seed", "max_steps", "warmup_steps", "learning_rate", "weight_decay")
-        for name in not_negative:
+        for name in ("seed", "max_steps", "warmup_steps", "learning_rate", "weight_decay"):
             require(getattr(self, name) >= 0, f"--{name} must not be negative")
         require(self.max_grad_norm > 0, "--max_grad_norm must be positive")
         require(self.max_steps or self.num_epochs > 0, "--num_epochs must be positive")
-        for name in ("max_pixels", "image_max_pixels"):
-            require(getattr(self, name) >= self.min_pixels, f"--{name} is below --min_pixels")
         unknown = set(self.data_types) - {"image", "video"}
         require(not unknown and self.data_types, "--data_types takes image, video or both")
 
@@ -85,6 +90,20 @@ def require(condition: object, message: str) -> None:
     """Raise ValueError with a message for the user unless the condition holds."""
     if not condition:
         raise ValueError(message)
+
+
+class FlagParser(HfArgumentParser):
+    """HfArgumentParser with one name per flag, the field's, and with ValueError for an exit."""
+
+    def add_argument(self, *names: str, **settings: Any) -> argparse.Action | None:
+        """Leave out the spellings with hyphens, and --no_x beside --x false."""
+        names = tuple(name for name in names if name == "--help" or "-" not in name[2:])
+        if names[0].startswith("--no_"):
+            return None
+        return super().add_argument(*names, **settings)
+
+    def error(self, message: str) -> None:
+        raise ValueError(message.removeprefix("argument "))
 
 
 def parse_config(
@@ -108,20 +127,15 @@ def parse_config(
             hint = f"; did you mean --{near[0]}?" if near else "; --help lists them"
             raise ValueError(f"unknown flag --{name}{hint}")
     is_toy = "model" not in given and "data" not in given
-    if not is_toy:
-        for one, other in (("model", "data"), ("data", "model")):
-            if one in given and other not in given:
-                raise ValueError(f"--{one} is given without --{other}: give both, or neither for "
-                                 "the embedded toy")  # fmt: skip
-    parser = HfArgumentParser(cls, allow_abbrev=False, exit_on_error=False, epilog=real_command)
-    if is_toy:
+    for one, other in (("model", "data"), ("data", "model")):
+        require(
+            one not in given or other in given,
+            f"--{one} is given without --{other}: give both, or neither for the embedded toy",
+        )
+    parser = FlagParser(cls, allow_abbrev=False, epilog=f"A real run: {real_command}")
+    wants_help = "help" in given or "-h" in argv  # which shows the paper's values
+    if is_toy and not wants_help:
         parser.set_defaults(**toy_defaults)
-    parser.error = _raise_value_error
     config, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    if rest:
-        raise ValueError(f"unknown argument {rest[0]!r}")
+    require(not rest, f"unknown argument {rest[0]!r}" if rest else "")
     return config, is_toy
-
-
-def _raise_value_error(message: str) -> None:
-    raise ValueError(message.removeprefix("argument "))

@@ -6,9 +6,10 @@
 Shapes: F frames, H x W pixels, N patches of 14 x 14 pixels and 2 frames, S prompt tokens.
 """
 
+import functools
 import json
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -113,7 +114,8 @@ def load_samples(path: str | Path, data_root: str | Path | None = None) -> list[
     rows = _read_rows(path)
     if not rows:
         raise ValueError(f"{path} holds no rows")
-    return [_check_row(row, number, path, root) for number, row in enumerate(rows)]
+    find = functools.cache(functools.partial(_find_base, root))  # one look per top folder
+    return [_check_row(row, number, path, find) for number, row in enumerate(rows)]
 
 
 def _read_rows(path: Path) -> list:
@@ -135,7 +137,7 @@ def _parse_json(text: str, where: str):
         raise ValueError(f"{where} is not JSON: {error}") from None
 
 
-def _check_row(row: object, number: int, path: Path, root: Path) -> Sample:
+def _check_row(row: object, number: int, path: Path, find: Callable[[str], Path]) -> Sample:
     where = f"{path}, row {number}"
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected an object, found {type(row).__name__}")
@@ -176,7 +178,7 @@ def _check_row(row: object, number: int, path: Path, root: Path) -> Sample:
         problem_type=one_of("problem_type", PROBLEM_TYPES),
         options=tuple(options),
         solution=text("solution"),
-        path=str(_resolve(relative, root, where)),
+        path=str(_resolve(relative, find, where)),
         data_source=text("data_source", required=False),
         process=text("process", required=False),
         row=number,
@@ -193,12 +195,28 @@ def _check_text(value: str, what: str) -> str:
     return value
 
 
-def _resolve(relative: str, root: Path, where: str) -> Path:
+def _resolve(relative: str, find: Callable[[str], Path], where: str) -> Path:
     """A row names a file below the data root; it may not leave it."""
     inside = Path(relative)
     if inside.is_absolute() or ".." in inside.parts or "\0" in relative:
         raise ValueError(f"{where}: 'path' must stay inside the data root, found {relative!r}")
-    return root / inside
+    return find(inside.parts[0] if inside.parts else "") / inside
+
+
+def _find_base(root: Path, top: str) -> Path:
+    """The folder that paths which begin with `top` are relative to.
+
+    It is the root. But rows of the official files begin with Evaluation/ or lie in Video-R1-data/,
+    and users give as the root that folder itself, or the one that holds it.
+    """
+    root = root.absolute()
+    if (root / top).exists():
+        return root
+    if root.name == top:
+        return root.parent
+    if (root / "Video-R1-data" / top).exists():
+        return root / "Video-R1-data"
+    return root
 
 
 # -------------------------------------------------------------------------------------- prompts

@@ -59,11 +59,20 @@ class EvalConfig(MediaConfig):
 
     def check(self) -> None:
         """Raises ValueError naming the first flag whose value makes no sense."""
+        self.check_media()
         require(self.order in ORDERS, f"--order takes one of {', '.join(ORDERS)}")
-        for name in ("batch_size", "max_new_tokens", "max_frames", "num_workers"):
+        for name in ("batch_size", "max_new_tokens"):
             require(getattr(self, name) >= 1, f"--{name} must be at least 1")
+        require(self.seed >= 0, "--seed must not be negative")
         require(self.temperature > 0, "--temperature must be positive")
         require(0 < self.top_p <= 1, "--top_p must be above 0 and at most 1")
+        names = [Path(path).stem for path in self.data]
+        require(
+            len(set(names)) == len(names),
+            f"--data names two files of one name, whose results would be one: {', '.join(names)}",
+        )
+        folder = Path(self.output_dir)
+        require(not folder.exists() or folder.is_dir(), f"--output_dir {folder} is no folder")
 
 
 TOY_DEFAULTS = {
@@ -85,8 +94,8 @@ def mean_relative_accuracy(answer: float, reference: float) -> float:
     if reference == 0:
         return float(answer == 0)
     error = abs(answer - reference) / abs(reference)
-    thetas = [0.5 + 0.05 * step for step in range(10)]
-    return sum(error <= 1 - theta for theta in thetas) / len(thetas)
+    # An error of exactly 1 - theta counts; 1e-9 is for decimals that are no binary fractions.
+    return sum(error <= (10 - step) / 20 + 1e-9 for step in range(10)) / 10
 
 
 def score_item(response: str, sample: Sample) -> float:
@@ -127,7 +136,11 @@ def summarise(items: list[dict], is_toy: bool) -> dict:
             kind: {"n": len(those), "score": mean(those)} for kind, those in by_type.items()
         },
         "num_items": len(items),
-        "unusable": {str(i["problem_id"]): i["error"] for i in items if i["score"] is None},
+        "unusable": [
+            {key: item[key] for key in ("row", "problem_id", "error")}
+            for item in items
+            if item["score"] is None
+        ],
     }
 
 
@@ -146,11 +159,13 @@ def evaluate(config: EvalConfig, world: World, is_toy: bool) -> list[dict]:
     model = load_model(config.model, world.device, dtype).eval()
     summaries = []
     for name, samples in benchmarks:
-        bar = tqdm(total=len(samples), desc=f"{name} {config.order}", unit="item",
-                   disable=not world.is_main, dynamic_ncols=True)  # fmt: skip
-        items = answer_samples(model, tokenizer, samples, config, world, prompt_options, bar)
+        title = f"{name} {config.order}"
+        with tqdm(
+            total=len(samples), desc=title, unit="item", disable=not world.is_main,
+            dynamic_ncols=True,
+        ) as bar:  # fmt: skip
+            items = answer_samples(model, tokenizer, samples, config, world, prompt_options, bar)
         gathered = gather_to_main(items, world)
-        bar.close()
         if gathered:
             items = sorted((item for part in gathered for item in part), key=lambda i: i["row"])
             summary = {

@@ -21,7 +21,7 @@ from types import MethodType
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
@@ -396,9 +396,10 @@ def resolve_folder(name: str) -> Path:
     if not config_file.is_file():
         raise ValueError(f"--model {name} holds no config.json: not a model folder")
     try:
-        model_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
+        config = json.loads(config_file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"--model {name}: config.json is not JSON: {error}") from None
+    model_type = config.get("model_type") if isinstance(config, dict) else None
     if model_type != "qwen2_5_vl":
         raise ValueError(f"--model {name} is not a Qwen2.5-VL: its model_type is {model_type!r}")
     return folder
@@ -471,15 +472,23 @@ def weight_files(folder: Path) -> dict[str, Path]:
     single = folder / "model.safetensors"
     if not single.is_file():
         raise ValueError(f"--model {folder} holds neither model.safetensors nor an index of shards")
-    with safe_open(single, framework="pt") as file:
+    with open_weights(single) as file:
         return dict.fromkeys(file.keys(), single)
+
+
+def open_weights(path: Path):
+    """safe_open with an error that names the file."""
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"--model: the weights in {path} cannot be read: {error}") from None
 
 
 @torch.no_grad()
 def _fill(model: nn.Module, folder: Path) -> None:
     files = weight_files(folder)
     with ExitStack() as stack:
-        opened = {path: stack.enter_context(safe_open(path, framework="pt"))
+        opened = {path: stack.enter_context(open_weights(path))
                   for path in sorted(set(files.values()))}  # fmt: skip
         for name, parameter in model.named_parameters():  # a tied weight comes once
             # Newer folders may carry transformers 5's own names.
@@ -509,9 +518,12 @@ def load_tokenizer(name: str):
     """The tokenizer of a model folder or Hub id, chat template included.
 
     Raises:
-        ValueError: there is no chat template.
+        ValueError: there is no tokenizer, or no chat template.
     """
-    tokenizer = AutoTokenizer.from_pretrained(resolve_folder(name))
+    folder = resolve_folder(name)
+    if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
+        raise ValueError(f"--model {name} holds no tokenizer.json and no vocab.json")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     if not tokenizer.chat_template:
         raise ValueError(f"--model {name}: its tokenizer has no chat template")
     return tokenizer

@@ -35,8 +35,8 @@ ENDS = {"left": "left", "right": "right", "up": "top", "down": "bottom"}
 WORDS = ("stop", "exit", "open", "wait")
 SPLITS = {"sft": 1600, "rl": 800, "test": 320}  # rows, about: each kind is rounded
 # Share of each kind of question; the largest is the one that feels the order of frames.
-KINDS = {"direction": 0.70, "colour": 0.08, "count": 0.08, "describe": 0.05, "word": 0.04,
-         "width": 0.05}  # fmt: skip
+KINDS = {"direction": 0.80, "colour": 0.05, "count": 0.05, "describe": 0.04, "word": 0.03,
+         "width": 0.03}  # fmt: skip
 
 
 def ensure_toy(seed: int = 0) -> None:

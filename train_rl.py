@@ -83,8 +83,8 @@ class RLConfig(TrainConfig):
     ratio_level: str = flag("token", "ratio of Eq. 4 per token, or per sequence as printed")
     num_iterations: int = flag(1, "updates on the same rollouts")
 
-    def check(self, world_size: int) -> None:
-        super().check(world_size)
+    def check(self) -> None:
+        super().check()
         require(self.group_size >= 2, "--group_size must be at least 2: Eq. 3 compares responses")
         for name in ("shuffled_group_size", "max_new_tokens", "num_iterations"):
             require(getattr(self, name) >= 1, f"--{name} must be at least 1")
@@ -248,8 +248,10 @@ def train(config: RLConfig, world: World) -> None:
     optimizer = make_optimizer(policy, config.learning_rate, config.weight_decay)
 
     total_steps = num_steps(config, len(samples), world)
-    run_log = RunLog(folder, config, world, total_steps, "rl")
-    with DecoderPool(config.num_workers, config.decode_timeout) as pool:
+    with (
+        RunLog(folder, config, world, total_steps, "rl") as run_log,
+        DecoderPool(config.num_workers, config.decode_timeout) as pool,
+    ):
         batches = load_steps(
             samples, pool, range(total_steps), config.seed, config.batch_size(world.size),
             world.rank, world.size, config.limits(),
@@ -280,7 +282,6 @@ def train(config: RLConfig, world: World) -> None:
             records = gather_to_main([rollout_record(step, group) for group in groups], world)
             run_log.rollouts([record for rank in records or [] for record in rank])
     export_model(policy, config.model, folder / "model", world)
-    run_log.close()
     log(f"model written to {folder / 'model'}")
 
 
@@ -404,7 +405,7 @@ def main() -> None:
     defaults = toy_defaults(int(os.environ.get("WORLD_SIZE", 1)))
     config, is_toy = parse_config(RLConfig, defaults, REAL_COMMAND)
     with process_group() as world:
-        config.check(world.size)
+        config.check()
         if is_toy:
             log(f"the embedded toy (neither --model nor --data given); a real run: {REAL_COMMAND}")
             main_does(world, toy.ensure_toy)

@@ -97,8 +97,10 @@ def train(config: SFTConfig, world: World) -> None:
     optimizer = make_optimizer(model, config.learning_rate, config.weight_decay)
 
     total_steps = num_steps(config, len(samples), world)
-    run_log = RunLog(folder, config, world, total_steps, "sft")
-    with DecoderPool(config.num_workers, config.decode_timeout) as pool:
+    with (
+        RunLog(folder, config, world, total_steps, "sft") as run_log,
+        DecoderPool(config.num_workers, config.decode_timeout) as pool,
+    ):
         batches = load_steps(
             samples, pool, range(total_steps), config.seed, config.batch_size(world.size),
             world.rank, world.size, config.limits(),
@@ -128,7 +130,6 @@ def train(config: SFTConfig, world: World) -> None:
                 **timer.metrics(num_tokens, world),
             })  # fmt: skip
     export_model(model, config.model, folder / "model", world)
-    run_log.close()
     log(f"model written to {folder / 'model'}")
 
 
@@ -136,7 +137,7 @@ def main() -> None:
     defaults = toy_defaults(int(os.environ.get("WORLD_SIZE", 1)))
     config, is_toy = parse_config(SFTConfig, defaults, REAL_COMMAND)
     with process_group() as world:
-        config.check(world.size)
+        config.check()
         if is_toy:
             log(f"the embedded toy (neither --model nor --data given); a real run: {REAL_COMMAND}")
             main_does(world, toy.ensure_toy)

@@ -136,12 +136,15 @@ class RunLog:
             self.rollouts_file.write(json.dumps(record) + "\n")
         self.rollouts_file.flush()
 
-    def close(self) -> None:
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *error: object) -> None:
         if self.is_main:
             self.metrics_file.close()
             if self.rollouts_file is not None:
                 self.rollouts_file.close()
-            self.bar.close()
+            self.bar.close()  # leaves the bar's line, so that an error starts on its own
 
 
 def _is_number(value: float | int | None) -> bool:
@@ -160,5 +163,6 @@ def claim_folder(folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir {folder} is not a folder")
-    if (folder / "metrics.jsonl").exists():
+    metrics = folder / "metrics.jsonl"  # empty: the run ended before its first step
+    if metrics.exists() and metrics.stat().st_size:
         raise ValueError(f"--output_dir {folder} holds a run already: name another, or delete it")

@@ -44,13 +44,6 @@ def parse(script: str, *argv: str):
     return parse_config(CONFIGS[script], toy_defaults(script), module.REAL_COMMAND, list(argv))
 
 
-def check(config) -> None:
-    if isinstance(config, evaluation.EvalConfig):
-        config.check()
-    else:
-        config.check(1)
-
-
 def as_words(value: object) -> list[str]:
     """A flag's value as it is typed."""
     return [str(item) for item in value] if isinstance(value, list) else [str(value)]
@@ -322,7 +315,7 @@ def test_the_other_scripts_refuse_the_same(script, argv):
 def test_a_value_that_makes_no_sense_is_refused_by_its_flags_name(script, name, value):
     config, _ = parse(script, *REAL, f"--{name}", str(value))
     with pytest.raises(ValueError, match=f"--{name}") as caught:
-        check(config)
+        config.check()
     assert "\n" not in str(caught.value)
 
 
@@ -341,7 +334,7 @@ def test_a_value_that_makes_no_sense_is_refused_by_its_flags_name(script, name, 
     ],
 )
 def test_the_ends_of_each_range_are_allowed(script, argv):
-    check(parse(script, *REAL, *argv.split())[0])
+    parse(script, *REAL, *argv.split())[0].check()
 
 
 # -------------------------------------------------------------------------------- bad input, whole

@@ -181,15 +181,18 @@ def test_a_folder_that_holds_a_run_is_refused(tmp_path):
     claim_folder(tmp_path / "new")
     claim_folder(tmp_path)
     (tmp_path / "metrics.jsonl").touch()
+    claim_folder(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match="holds a run already"):
         claim_folder(tmp_path)
 
 
 def test_metrics_are_valid_json_whatever_the_numbers(tmp_path, capsys):
     world = SimpleNamespace(is_main=True, size=1, rank=0)
-    log = RunLog(tmp_path / "run", TrainConfig(), world, 2, "test")
-    log.metrics({"step": 1, "loss": float("nan"), "norm": float("inf"), "shuffled": None, "x": 0.5})
-    log.close()
+    with RunLog(tmp_path / "run", TrainConfig(), world, 2, "test") as log:
+        log.metrics(
+            {"step": 1, "loss": float("nan"), "norm": float("inf"), "shuffled": None, "x": 0.5}
+        )
 
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
