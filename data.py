@@ -8,6 +8,7 @@ Shapes: F frames, H x W pixels, N patches of 14 x 14 pixels and 2 frames, S prom
 
 import functools
 import json
+import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -36,9 +37,8 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # One template for annotation, both training stages and evaluation (App. C.1; the wording is ours,
 # the paper's is in a figure that its text does not hold). --prompt_template FILE replaces it.
 TEMPLATE = (
-    "{question}\n"
-    "First reason step by step between <think> and </think>, and go back over what you saw where "
-    "you doubt it. Then give the final answer between <answer> and </answer>. {answer_format}"
+    "{question}\nFirst reason step by step between <think> and </think>, then give the final "
+    "answer between <answer> and </answer>. {answer_format}"
 )
 ANSWER_FORMATS = {
     "multiple choice": "Answer with the letter of one option.",
@@ -345,8 +345,17 @@ def decode(
 ) -> tuple[np.ndarray, float]:  # fmt: skip
     """(uint8 (F, H, W, 3), seconds between frames) of a sample's file, in this process."""
     if sample.is_video:
-        return read_frames(sample.path, max_frames, min_pixels, max_pixels)
+        return read_frames(clip_path(sample.path), max_frames, min_pixels, max_pixels)
     return read_image(sample.path, min_pixels, image_max_pixels), 0.0
+
+
+def clip_path(path: str) -> str:
+    """The clip, or the same clip in another container: the data sets hold .webm where rows say
+    .mp4. A path without either comes back as it is, for the error to name."""
+    if os.path.exists(path):
+        return path
+    others = (str(Path(path).with_suffix(suffix)) for suffix in VIDEO_SUFFIXES)
+    return next((other for other in others if os.path.exists(other)), path)
 
 
 def reorder_frames(frames: Tensor, order: str, generator: torch.Generator | None = None) -> Tensor:
@@ -456,14 +465,22 @@ def load_steps(
             chosen = [samples[index] for index in indices]
             waiting.append([(sample, submit_decode(pool, sample, limits)) for sample in chosen])
         if step >= steps.start + steps_ahead:
-            yield [Media(sample, *future.result()) for sample, future in waiting.popleft()]
+            yield [_decoded(sample, future) for sample, future in waiting.popleft()]
+
+
+def _decoded(sample: Sample, future) -> Media:
+    try:
+        return Media(sample, *future.result())
+    except MediaError as error:
+        where = f"row {sample.row} (problem {sample.problem_id})"
+        raise MediaError(f"{where} cannot be shown: {error}") from None
 
 
 def submit_decode(pool: DecoderPool, sample: Sample, limits: dict[str, int]):
     """Start decoding a sample's file in a worker; a Future of (frames, seconds between frames)."""
     if sample.is_video:
         keys = ("max_frames", "min_pixels", "max_pixels")
-        return pool.submit("video", sample.path, **{key: limits[key] for key in keys})
+        return pool.submit("video", clip_path(sample.path), **{key: limits[key] for key in keys})
     return pool.submit(
         "image", sample.path, min_pixels=limits["min_pixels"], max_pixels=limits["image_max_pixels"]
     )

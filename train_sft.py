@@ -87,9 +87,7 @@ def train(config: SFTConfig, world: World) -> None:
     """Run the cold start and leave config.json, metrics.jsonl and model/ in the output folder."""
     folder = Path(config.output_dir)
     claim_folder(folder)
-    samples, tokenizer, prompt_options = load_inputs(config)
-    for sample in samples:
-        require_process(sample)
+    samples, tokenizer, prompt_options = load_inputs(config, require_process)
     sharding = partial(shard, world=world, forward_methods=PACKED_METHODS)
     model = load_model(config.model, world.device, shard=sharding)
     if config.activation_checkpointing:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from config import TrainConfig, require
 from data import Sample, load_samples, load_template
-from distributed import World, max_over_ranks, peak_memory_gib
+from distributed import World, log, max_over_ranks, peak_memory_gib
 from model import load_normalisation, load_tokenizer
 
 
@@ -57,18 +58,33 @@ def num_steps(config: TrainConfig, num_samples: int, world: World) -> int:
     return config.max_steps or math.ceil(config.num_epochs * num_samples / batch_size)
 
 
-def load_inputs(config: TrainConfig) -> tuple[list[Sample], object, dict]:
+def load_inputs(
+    config: TrainConfig, check: Callable[[Sample], None]
+) -> tuple[list[Sample], object, dict]:
     """The samples, the tokenizer, and what make_prompt needs besides (template, mean, std).
 
+    Args:
+        check: raises ValueError, naming the row, for a sample that the stage cannot use.
     Raises:
         ValueError: naming the flag, the file, or the file's row.
     """
     samples = load_samples(config.data, config.data_root or None)
     samples = [sample for sample in samples if sample.data_type in config.data_types]
-    require(samples, f"--data {config.data} holds none of --data_types {config.data_types}")
+    usable, reasons = [], []
+    for sample in samples:
+        try:
+            check(sample)
+            usable.append(sample)
+        except ValueError as error:
+            reasons.append(f"{config.data}, {error}")
+    require(config.skip_bad_samples or not reasons, "; ".join(reasons[:1]))
+    if reasons:
+        count = f"{len(reasons)} of {len(samples)} rows are left out"
+        log(f"--skip_bad_samples: {count}, the first: {reasons[0]}")
+    require(usable, f"--data {config.data} holds no row to use of {', '.join(config.data_types)}")
     template = load_template(config.prompt_template)
     options = {"template": template, **load_normalisation(config.model)}
-    return samples, load_tokenizer(config.model), options
+    return usable, load_tokenizer(config.model), options
 
 
 class PhaseTimer:

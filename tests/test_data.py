@@ -118,6 +118,33 @@ def test_texts_that_are_not_escaped(tmp_path, layout, text):
     assert {sample.problem for sample in data.load_samples(file)} == {text}
 
 
+def test_a_clip_in_another_container_is_found(tmp_path):
+    named, there = str(tmp_path / "a.mp4"), tmp_path / "a.webm"
+    assert data.clip_path(named) == named
+    there.touch()
+    assert data.clip_path(named) == str(there)
+    (tmp_path / "a.mp4").touch()
+    assert data.clip_path(named) == named
+
+
+@pytest.mark.parametrize(
+    ("relative", "given", "found"),
+    [
+        pytest.param("Evaluation/a.mp4", "", "Evaluation/a.mp4", id="holds"),
+        pytest.param("Evaluation/a.mp4", "Evaluation", "Evaluation/a.mp4", id="is"),
+        pytest.param("LLaVA/b.mp4", "", "Video-R1-data/LLaVA/b.mp4", id="holds-the-data-set"),
+        pytest.param("LLaVA/b.mp4", "Video-R1-data", "Video-R1-data/LLaVA/b.mp4", id="is-it"),
+        pytest.param("none/c.mp4", "", "none/c.mp4", id="nowhere"),
+    ],
+)
+def test_the_root_is_or_holds_the_official_folders(tmp_path, relative, given, found):
+    for folder in ("Evaluation", "Video-R1-data/LLaVA"):
+        (tmp_path / folder).mkdir(parents=True)
+    file = write_rows(tmp_path, [without(path=f"./{relative}")])
+    (sample,) = data.load_samples(file, tmp_path / given)
+    assert sample.path == str(tmp_path / found)
+
+
 def test_path_is_resolved_against_the_data_root(tmp_path):
     file = write_rows(tmp_path, [ROW])
     root = tmp_path / "media"

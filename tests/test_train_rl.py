@@ -12,8 +12,16 @@ from data import Media, decode
 from model import load_model, load_tokenizer
 from sampling import Rollout
 from tgrpo import group_advantages
-from train_rl import RLConfig, check_solutions, rollout_record, sample_rollouts, score_group
-from training import PhaseTimer, RunLog, claim_folder, learning_rate_at, make_optimizer, num_steps
+from train_rl import RLConfig, require_solution, rollout_record, sample_rollouts, score_group
+from training import (
+    PhaseTimer,
+    RunLog,
+    claim_folder,
+    learning_rate_at,
+    load_inputs,
+    make_optimizer,
+    num_steps,
+)
 
 RIGHT = "<think>It goes.</think><answer>B</answer>"  # accuracy 1, format 1
 WRONG = "<think>It goes.</think><answer>A</answer>"  # accuracy 0, format 1
@@ -91,7 +99,21 @@ def test_the_record_holds_each_part_of_a_reward():
 def test_a_solution_that_nothing_can_match_is_named():
     bad = SimpleNamespace(solution="about two", problem_type="numerical", row=12, problem_id=5)
     with pytest.raises(ValueError, match=r"row 12 \(problem 5\).*about two"):
-        check_solutions([bad])
+        require_solution(bad)
+
+
+def test_bad_rows_stop_a_run_or_are_left_out_and_counted(toy_folder, tmp_path, capsys):
+    rows = json.loads((toy_folder / "runs/toy/data/rl.json").read_text())[:4]
+    rows[1] |= {"problem_type": "numerical", "solution": "about two"}
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps(rows))
+    config = RLConfig(model=str(toy_folder / "runs/toy/base"), data=str(file))
+    with pytest.raises(ValueError, match=r"rows.json, row 1 \(problem .*about two"):
+        load_inputs(config, require_solution)
+    config.skip_bad_samples = True
+    samples, _, _ = load_inputs(config, require_solution)
+    assert [sample.row for sample in samples] == [0, 2, 3]
+    assert "1 of 4 rows are left out, the first: " in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------------- sampling
