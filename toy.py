@@ -77,16 +77,16 @@ def draw_clip(rng: np.random.Generator, direction: str, colour: str, whole_way: 
     """A moving square: uint8 (F, H, W, 3).
 
     The cold start's clips go the whole way, near the middle, so that the first frames alone give
-    the answer away. Those of RL and of the test start anywhere, may go only a few pixels, and
+    the answer away. Those of RL and of the test start anywhere, may go part of the way, and
     further off the middle: what is left to learn from rewards.
     """
     size = int(rng.integers(12, 19))
     room = SIDE - size  # where the square's corner may be
-    off_middle = 5 if whole_way else 10
+    off_middle = 5 if whole_way else 11
     if whole_way:
         first, last = int(rng.integers(0, 6)), room - int(rng.integers(0, 6))
     else:
-        way = int(rng.integers(8, room + 1))
+        way = int(rng.integers(16, room + 1))
         first = int(rng.integers(0, room - way + 1))
         last = first + way
     along = np.linspace(first, last, NUM_FRAMES).round().astype(int)
