@@ -58,7 +58,7 @@ class TrainConfig(MediaConfig):
     data: str = flag("", "data file, JSON list or JSON lines in the official format")
     data_root: str = flag("", "what the rows' paths are relative to; default: the data's folder")
     data_types: list[str] = flag(["image", "video"], "kinds of samples to train on")
-    skip_bad_samples: bool = flag(False, "leave out rows that cannot be used, and count them")
+    skip_bad_samples: bool = flag(False, "leave out, and count, rows without what the stage needs")
     seed: int = flag(0, "of the data's order, the shuffles and the rollouts")
     num_epochs: float = flag(1.0, "passes over the data, where --max_steps is 0")
     max_steps: int = flag(0, "optimizer steps; 0: by --num_epochs")

@@ -29,7 +29,9 @@ PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".y4m")
 ORDERS = ("ordered", "shuffled", "reversed", "single")
 
-VISION_TOKENS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+VISION_TOKENS = (
+    "<|image_pad|>", "<|video_pad|>", "<|vision_pad|>", "<|vision_start|>", "<|vision_end|>",
+)  # fmt: skip
 PATCH, MERGE, TEMPORAL_PATCH = 14, 2, 2  # Qwen2.5-VL: pixels, patches per side, frames
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -327,6 +329,15 @@ def response_ids(sample: Sample, tokenizer) -> Tensor:
         where = f"row {sample.row} (problem {sample.problem_id})"
         raise ValueError(f"{where}: its response holds {tokenizer.decode(sorted(vision))}")
     return torch.tensor([*ids, tokenizer.eos_token_id])
+
+
+def require_no_vision_tokens(sample: Sample) -> None:
+    """Raise ValueError, naming the row, if a text spells a vision token, which would become one."""
+    texts = (sample.problem, *sample.options, sample.process, sample.solution)
+    for token in VISION_TOKENS:
+        if any(token in text for text in texts):
+            where = f"row {sample.row} (problem {sample.problem_id})"
+            raise ValueError(f"{where} holds the vision token {token} as text")
 
 
 def require_process(sample: Sample) -> None:

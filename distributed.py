@@ -165,7 +165,7 @@ def main_does(world: World, work: Callable[[], None]) -> None:
 
 
 def log(*words: object) -> None:
-    """Print on rank 0 alone, in step with the progress bar."""
+    """Print on rank 0 alone."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(*words, flush=True)
 

@@ -23,16 +23,16 @@ from config import MediaConfig, flag, parse_config, require
 from data import (
     ORDERS,
     DecoderPool,
-    MediaError,
     Sample,
     load_samples,
     load_template,
     make_prompt,
+    require_no_vision_tokens,
     submit_decode,
 )
 from distributed import World, gather_to_main, log, main_does, process_group, run
 from model import load_model, load_normalisation, load_tokenizer
-from rewards import accuracy_reward, extract_answer, parse_float
+from rewards import accuracy_reward, check_solution, extract_answer, parse_float
 from sampling import derive_seed, sample_groups
 
 REAL_COMMAND = (
@@ -60,7 +60,7 @@ class EvalConfig(MediaConfig):
     def check(self) -> None:
         """Raises ValueError naming the first flag whose value makes no sense."""
         self.check_media()
-        require(self.order in ORDERS, f"--order takes one of {', '.join(ORDERS)}")
+        require(self.order in (*ORDERS, BOTH_ORDERS), f"--order takes one of {', '.join(ORDERS)}")
         for name in ("batch_size", "max_new_tokens"):
             require(getattr(self, name) >= 1, f"--{name} must be at least 1")
         require(self.seed >= 0, "--seed must not be negative")
@@ -75,7 +75,9 @@ class EvalConfig(MediaConfig):
         require(not folder.exists() or folder.is_dir(), f"--output_dir {folder} is no folder")
 
 
+BOTH_ORDERS = "ordered,shuffled"  # of the toy, where --order is not given
 TOY_DEFAULTS = {
+    "order": BOTH_ORDERS,
     "model": str(toy.SFT / "model"), "data": [str(toy.TEST_DATA)],
     "output_dir": str(toy.FOLDER / "eval"), "max_frames": toy.NUM_FRAMES, "batch_size": 64,
     "max_new_tokens": 40,
@@ -110,7 +112,7 @@ def score_item(response: str, sample: Sample) -> float:
 
 
 def summarise(items: list[dict], is_toy: bool) -> dict:
-    """Accuracy, by type and overall. Items whose media is unusable have no score and are listed.
+    """Accuracy, by type and overall. Items that cannot be used have no score and are listed.
 
     accuracy: over multiple choice and numerical items that could be shown to the model. The toy's
     is over video multiple choice, since images do not feel the order of frames.
@@ -197,8 +199,10 @@ def answer_samples(
             prompts = []
             for sample, future in zip(batch, waiting[number], strict=True):
                 try:
+                    check_solution(sample.solution, sample.problem_type)
+                    require_no_vision_tokens(sample)
                     frames = future.result()
-                except MediaError as error:  # listed in the summary, and in no score
+                except ValueError as error:  # MediaError too: in the summary, and in no score
                     items.append(item_record(sample, config.order, error=str(error)))
                     continue
                 generator = torch.Generator().manual_seed(derive_seed(config.seed, sample.row))
@@ -255,33 +259,41 @@ def print_table(summaries: list[dict]) -> None:
         print(f"\n{summary['benchmark']}, {summary['order']} frames: accuracy {accuracy} over "
               f"{summary['n']} items; by type: {', '.join(parts)}")  # fmt: skip
         if summary["unusable"]:
-            print(f"  {len(summary['unusable'])} items have unusable media and are in no score")
+            print(f"  {len(summary['unusable'])} items cannot be used and are in no score; the "
+                  "summary lists them")  # fmt: skip
 
 
 def evaluate_toy(config: EvalConfig, world: World) -> None:
-    """The toy's test set in both orders, for the SFT and the RL model, and a table."""
+    """The toy's test set, in both orders if no --order is given, for SFT and RL, and a table."""
     models = {"SFT": toy.SFT / "model", "RL": toy.RL / "model"}
     for stage, folder in models.items():
         require(folder.is_dir(), f"{folder} is not there: run train_{stage.lower()}.py first")
     accuracies = {}
     for stage, folder in models.items():
-        for order in ("ordered", "shuffled"):
+        for order in config.order.split(","):
             here = dataclasses.replace(config, model=str(folder), order=order)
             for summary in evaluate(here, world, is_toy=True):
                 accuracies[stage, order] = 100 * summary["accuracy"]
                 count = summary["n"]
-    if world.is_main:
-        print(f"\nThe toy's test set: accuracy in percent over {count} video questions\n")
-        print("model   ordered frames   shuffled frames     gap")
+    if not world.is_main:
+        return
+    print(f"\nThe toy's test set: accuracy in percent over {count} video questions\n")
+    if config.order != BOTH_ORDERS:
+        print(f"model   {config.order} frames")
         for stage in models:
-            ordered, shuffled = accuracies[stage, "ordered"], accuracies[stage, "shuffled"]
-            print(f"{stage:5}   {ordered:14.1f}   {shuffled:15.1f}   {ordered - shuffled:+5.1f}")
+            print(f"{stage:5}   {accuracies[stage, config.order]:{len(config.order) + 7}.1f}")
+        return
+    print("model   ordered frames   shuffled frames     gap")
+    for stage in models:
+        ordered, shuffled = accuracies[stage, "ordered"], accuracies[stage, "shuffled"]
+        print(f"{stage:5}   {ordered:14.1f}   {shuffled:15.1f}   {ordered - shuffled:+5.1f}")
 
 
 def main() -> None:
     config, is_toy = parse_config(EvalConfig, TOY_DEFAULTS, REAL_COMMAND)
     with process_group() as world:
         config.check()
+        require(is_toy or config.order in ORDERS, f"--order takes one of {', '.join(ORDERS)}")
         if is_toy:
             log(f"the embedded toy (neither --model nor --data given); a real run: {REAL_COMMAND}")
             main_does(world, toy.ensure_toy)

@@ -5,8 +5,8 @@ A group is one prompt and its G responses. All groups of a call form one row of 
     [prompt 1][response 1.1]..[response 1.G][prompt 2][response 2.1]..
 
 in which a response token sees its own prompt and its own response, and nothing else. A prompt is
-thus computed once rather than G times, nothing is padded, and the vision tower runs once per call,
-which also makes the number of sharded forward passes the same on every rank.
+thus computed once rather than G times, no layer but attention sees padding, and the vision tower
+runs once per call, which also makes the number of sharded forward passes the same on every rank.
 
 Shapes: P prompts, G responses each, T positions of a response (right-padded), S prompt tokens,
 N tokens of the packed row, M response tokens among them, D hidden size, V vocabulary.
@@ -351,7 +351,7 @@ def forbidden_tokens(config) -> list[int]:
     """Ids at -inf in sampler, policy and reference alike: that softmax *is* the policy.
 
     The vision tokens, since a sampled <|video_pad|> asks the next pass for features that do not
-    exist, and padding, unless it is an end token.
+    exist, and the config's padding token, unless the config calls it an end token too.
     """
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id",
              "vision_token_id")  # fmt: skip

@@ -38,6 +38,10 @@ SPLITS = {"sft": 1600, "rl": 800, "test": 320}  # rows, about: each kind is roun
 KINDS = {"direction": 0.80, "colour": 0.05, "count": 0.05, "describe": 0.04, "word": 0.03,
          "width": 0.03}  # fmt: skip
 
+# The cold start's reasoning comes from a teacher who guesses the direction in this share of clips,
+# as real teachers do. A model that learns from it stays unsure, which rewards can put right.
+WRONG_TEACHER = 0.1
+
 
 def ensure_toy(seed: int = 0) -> None:
     """Write runs/toy/base and runs/toy/data unless they are there. Deterministic from the seed."""
@@ -73,7 +77,9 @@ def write_y4m(path: Path, frames: np.ndarray, fps: int = FPS) -> None:
             file.write(b"FRAME\n" + b"".join(plane.tobytes() for plane in frame))
 
 
-def draw_clip(rng: np.random.Generator, direction: str, colour: str, whole_way: bool) -> np.ndarray:
+def draw_clip(
+    rng: np.random.Generator, direction: str, colour: str, cold_start: bool
+) -> np.ndarray:
     """A moving square: uint8 (F, H, W, 3).
 
     The cold start's clips go the whole way, near the middle, so that the first frames alone give
@@ -82,8 +88,8 @@ def draw_clip(rng: np.random.Generator, direction: str, colour: str, whole_way: 
     """
     size = int(rng.integers(12, 19))
     room = SIDE - size  # where the square's corner may be
-    off_middle = 5 if whole_way else 11
-    if whole_way:
+    off_middle = 5 if cold_start else 11
+    if cold_start:
         first, last = int(rng.integers(0, 6)), room - int(rng.integers(0, 6))
     else:
         way = int(rng.integers(16, room + 1))
@@ -125,14 +131,17 @@ def draw_word(rng: np.random.Generator, word: str) -> Image.Image:
 
 
 def make_row(
-    rng: np.random.Generator, kind: str, media: Path, name: str, whole_way: bool = True
+    rng: np.random.Generator, kind: str, media: Path, name: str, cold_start: bool = True
 ) -> dict:
     """Draw one clip or picture into the folder `media`, and the row of JSON that asks about it."""
     direction, colour = str(rng.choice(list(DIRECTIONS))), str(rng.choice(list(COLOURS)))
+    told = direction
+    if cold_start and rng.random() < WRONG_TEACHER:
+        told = str(rng.choice(list(DIRECTIONS)))
     size, count = int(rng.integers(8, 41)), int(rng.integers(1, 5))
     word = str(rng.choice(WORDS))
-    letter = "ABCD"[list(DIRECTIONS).index(direction)]
-    came_from, went_to = OPPOSITE[direction], ENDS[direction]
+    letter = "ABCD"[list(DIRECTIONS).index(told)]
+    came_from, went_to = OPPOSITE[told], ENDS[told]
     moves = f"It goes from {came_from} to {went_to}."
     # kind: data_type, problem_type, question, options, reasoning, answer
     forms = {
@@ -140,7 +149,7 @@ def make_row(
                       [f"{a}. {d}" for a, d in zip("ABCD", DIRECTIONS, strict=True)],
                       moves, letter),
         "describe": ("video", "free-form", "What happens in the video?", [],
-                     moves, f"A {colour} square moves {direction}"),
+                     moves, f"A {colour} square moves {told}"),
         "colour": ("image", "multiple choice", "What is the colour of the square?",
                    [f"{a}. {c}" for a, c in zip("ABCD", COLOURS, strict=True)],
                    f"The square is {colour}.", "ABCD"[list(COLOURS).index(colour)]),
@@ -154,7 +163,7 @@ def make_row(
     data_type, problem_type, problem, options, reasoning, answer = forms[kind]
     if data_type == "video":
         file = media / f"{name}.y4m"
-        write_y4m(file, draw_clip(rng, direction, colour, whole_way))
+        write_y4m(file, draw_clip(rng, direction, colour, cold_start))
     else:
         pictures = {
             "colour": lambda: draw_squares(rng, 1, 20, colour),
@@ -181,7 +190,7 @@ def make_data(folder: Path, seed: int) -> None:
         kinds = [kind for kind, share in KINDS.items() for _ in range(round(share * num_rows))]
         rows = []
         for place, kind in enumerate(rng.permutation(kinds)):
-            row = make_row(rng, str(kind), media, f"{place:05d}", whole_way=split == "sft")
+            row = make_row(rng, str(kind), media, f"{place:05d}", cold_start=split == "sft")
             if split != "sft":
                 row["process"] = ""
             rows.append({"problem_id": place, **row})

@@ -100,7 +100,7 @@ def toy_defaults(world_size: int) -> dict:
     """What the toy changes. Its 16 prompts a step are the same for 1, 2, 4, 8 and 16 ranks."""
     return {
         "model": str(toy.SFT / "model"), "data": str(toy.RL_DATA), "output_dir": str(toy.RL),
-        "max_steps": 280, "prompts_per_rank": max(1, 16 // world_size), "learning_rate": 4e-4,
+        "max_steps": 300, "prompts_per_rank": max(1, 16 // world_size), "learning_rate": 4e-4,
         "warmup_steps": 20, "max_frames": toy.NUM_FRAMES, "max_new_tokens": 40, "l_min": 12,
         "l_max": 24, "num_workers": 1, "activation_checkpointing": False,
     }  # fmt: skip
@@ -406,6 +406,7 @@ def main() -> None:
         config.check()
         if is_toy:
             log(f"the embedded toy (neither --model nor --data given); a real run: {REAL_COMMAND}")
+            claim_folder(Path(config.output_dir))  # before minutes go into the cold start
             main_does(world, toy.ensure_toy)
             if not (toy.SFT / "model").is_dir():
                 log(f"{toy.SFT / 'model'} is not there: the cold start (train_sft.py) comes first")

@@ -56,7 +56,7 @@ def toy_defaults(world_size: int) -> dict:
     """What the toy changes. Its batch of 32 is the same for any number of ranks that divides it."""
     return {
         "model": str(toy.BASE), "data": str(toy.SFT_DATA), "output_dir": str(toy.SFT),
-        "max_steps": 300, "prompts_per_rank": max(1, 32 // world_size), "learning_rate": 1e-3,
+        "max_steps": 360, "prompts_per_rank": max(1, 32 // world_size), "learning_rate": 1e-3,
         "warmup_steps": 10, "max_grad_norm": 1.0, "max_frames": toy.NUM_FRAMES, "num_workers": 1,
         "activation_checkpointing": False,
     }  # fmt: skip

@@ -14,7 +14,7 @@ from torch.optim import AdamW
 from tqdm import tqdm
 
 from config import TrainConfig, require
-from data import Sample, load_samples, load_template
+from data import Sample, load_samples, load_template, require_no_vision_tokens
 from distributed import World, log, max_over_ranks, peak_memory_gib
 from model import load_normalisation, load_tokenizer
 
@@ -73,6 +73,7 @@ def load_inputs(
     usable, reasons = [], []
     for sample in samples:
         try:
+            require_no_vision_tokens(sample)
             check(sample)
             usable.append(sample)
         except ValueError as error:
@@ -81,7 +82,8 @@ def load_inputs(
     if reasons:
         count = f"{len(reasons)} of {len(samples)} rows are left out"
         log(f"--skip_bad_samples: {count}, the first: {reasons[0]}")
-    require(usable, f"--data {config.data} holds no row to use of {', '.join(config.data_types)}")
+    kinds = " ".join(config.data_types)
+    require(usable, f"--data {config.data} holds no row of --data_types {kinds}")
     template = load_template(config.prompt_template)
     options = {"template": template, **load_normalisation(config.model)}
     return usable, load_tokenizer(config.model), options
@@ -103,10 +105,14 @@ class PhaseTimer:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + elapsed
 
     def metrics(self, num_tokens: float, world: World) -> dict[str, float]:
-        """Each phase at the slowest rank, their sum, tokens per second, peak memory."""
-        slowest = max_over_ranks({"memory": peak_memory_gib(world.device), **self.seconds})
-        memory = slowest.pop("memory")
-        seconds = sum(slowest.values())
+        """The step and each of its phases at the slowest rank, tokens per second, peak memory.
+
+        A rank that waits for another in a collective waits inside the phase that holds it, so the
+        phases can add up to more than the step.
+        """
+        own = {"memory": peak_memory_gib(world.device), "step": sum(self.seconds.values())}
+        slowest = max_over_ranks(own | self.seconds)
+        memory, seconds = slowest.pop("memory"), slowest.pop("step")
         return {
             "seconds": seconds,
             **{f"seconds_{phase}": value for phase, value in slowest.items()},
@@ -182,3 +188,5 @@ def claim_folder(folder: Path) -> None:
     metrics = folder / "metrics.jsonl"  # empty: the run ended before its first step
     if metrics.exists() and metrics.stat().st_size:
         raise ValueError(f"--output_dir {folder} holds a run already: name another, or delete it")
+    if (folder / "model").exists():
+        raise ValueError(f"--output_dir {folder} holds a model/ already: name another folder")

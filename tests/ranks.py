@@ -5,11 +5,13 @@ usage: ranks.py OUT, in a folder that holds runs/toy/base and runs/toy/data
 
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
 import toy
@@ -78,6 +80,26 @@ def same_losses(world):
     train_rl.sample_rollouts = sample_rollouts
 
 
+def tied(world):
+    """SFT of a model with tied embeddings, as the 3B model has them: no lm_head on disk."""
+    folder = OUT / "tied-base"
+
+    def make():
+        shutil.copytree(toy.BASE, folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+        weights = load_file(folder / "model.safetensors")
+        del weights["lm_head.weight"]
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    main_does(world, make)
+    sft = {"model": str(folder), "data": str(toy.SFT_DATA), "output_dir": str(OUT / "tied-whole")}
+    train_sft.train(SFTConfig(**COMMON | sft | {"prompts_per_rank": 4 // world.size}), world)
+    if world.is_main:
+        exported = load_file(OUT / "tied-whole/model/model.safetensors")
+        assert exported.keys() == load_file(folder / "model.safetensors").keys()
+
+
 def sampled_twice(world):
     """RL with real rollouts, twice with one seed; the reference must come out as it went in."""
     load, kept = train_rl.load_policy_and_reference, []
@@ -116,12 +138,14 @@ def unlike_ranks(world):
     kind = ("image", "video")[world.rank % 2]
     for stage, source in (("sft", toy.SFT_DATA), ("rl", toy.RL_DATA)):
         rows = json.loads(source.read_text())
-        file = source.with_name(f"{stage}-{kind}.json")
+        file = OUT / f"{stage}-{kind}.json"
         if world.rank < 2:
             file.write_text(json.dumps([row for row in rows if row["data_type"] == kind]))
         dist.barrier()
-        assert len({sample.data_type for sample in load_samples(file)}) == 1
-        mine = COMMON | {"data": str(file), "output_dir": str(OUT / f"unlike-{stage}")}
+        root = str(source.parent)
+        assert len({sample.data_type for sample in load_samples(file, root)}) == 1
+        mine = COMMON | {"data": str(file), "data_root": root}
+        mine["output_dir"] = str(OUT / f"unlike-{stage}")
         mine |= {"max_steps": 5, "prompts_per_rank": 2}
         if stage == "sft":
             train_sft.train(SFTConfig(**mine), world)
@@ -135,6 +159,7 @@ if __name__ == "__main__":
     die_with_parent()
     with process_group(timeout_seconds=120) as world:
         same_losses(world)
+        tied(world)
         if world.size == 2:
             sampled_twice(world)
             unlike_ranks(world)

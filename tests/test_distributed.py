@@ -78,6 +78,14 @@ def test_losses_do_not_depend_on_how_a_step_is_cut(runs, stage, num_processes, n
         assert expected[2]["clip_fraction"] > 0
 
 
+@pytest.mark.parametrize("num_processes", [2, 4])
+def test_tied_embeddings_train_alike_on_any_number_of_processes(runs, num_processes):
+    expected, found = (metrics(runs(number) / "tied-whole") for number in (1, num_processes))
+    for mine, other in zip(found, expected, strict=True):
+        for key in COMPARED["sft"]:
+            assert mine[key] == pytest.approx(other[key], abs=1e-5, rel=1e-6), key
+
+
 def test_the_same_seed_gives_the_same_metrics_bit_for_bit(runs):
     once, again = (without_timings(runs(2) / f"sampled-{name}") for name in ("once", "again"))
     assert once == again

@@ -417,7 +417,7 @@ def test_one_and_two_processes_write_the_same(settings, tmp_path, capsys, monkey
     table = capsys.readouterr().out
     assert "eval_tiny, ordered frames: accuracy" in table
     assert "over 4 items" in table
-    assert "1 items have unusable media" in table
+    assert "1 items cannot be used" in table
     one, items, summary = read_results(settings.output_dir)
     assert [item["score"] is None for item in items] == [row == MISSING for row in range(8)]
     assert all(item["response"] for item in items if item["row"] != MISSING)

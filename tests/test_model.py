@@ -156,7 +156,7 @@ def test_activation_checkpointing_changes_no_gradient(toy_folder, base, tokenize
 def test_placeholders_that_do_not_fit_the_features_are_named(toy_folder, base, tokenizer):
     model = load_model(str(base), CPU)
     (prompt,) = plain.toy_prompts(toy_folder, tokenizer, ["video"])
-    short = dataclasses.replace(prompt, input_ids=prompt.input_ids[:-85])
+    short = dataclasses.replace(prompt, input_ids=prompt.input_ids[: prompt.vision_start + 3])
     ids, mask = responses([[1]])
     with pytest.raises(ValueError, match=rf"row {prompt.sample.row}\): \d+ placeholders"):
         group_logprobs(model, [short], ids, mask)

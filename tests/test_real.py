@@ -82,7 +82,7 @@ def test_the_readmes_command_taught_the_toy_the_order_of_frames():
         found[stage, summary["order"]] = 100 * summary["accuracy"]
         assert summary["n"] >= 200
     gaps = {stage: found[stage, "ordered"] - found[stage, "shuffled"] for stage in ("sft", "rl")}
-    # Measured over seeds 0, 1, 2: see benchmarks/README.md. One seed may lie below their mean.
+    # One seed may lie below the mean of several.
     assert found["rl", "ordered"] >= 75
     assert found["rl", "ordered"] >= found["sft", "ordered"] + 5
     assert gaps["rl"] >= gaps["sft"] + 5
