@@ -67,7 +67,8 @@ def test_losses_do_not_depend_on_how_a_step_is_cut(runs, stage, num_processes, n
     assert len(found) == len(expected) == 3
     for mine, other in zip(found, expected, strict=True):
         for key in COMPARED[stage]:
-            assert mine[key] == pytest.approx(other[key], abs=1e-5, rel=1e-6), key
+            relative = 1e-5 if key == "grad_norm" else 0  # the others are compared to 1e-5 flat
+            assert mine[key] == pytest.approx(other[key], abs=1e-5, rel=relative), key
     # The comparison means something: rewards differ within groups, and the weights moved.
     assert expected[0]["grad_norm"] > 1e-3
     if stage == "sft":
@@ -83,7 +84,7 @@ def test_tied_embeddings_train_alike_on_any_number_of_processes(runs, num_proces
     expected, found = (metrics(runs(number) / "tied-whole") for number in (1, num_processes))
     for mine, other in zip(found, expected, strict=True):
         for key in COMPARED["sft"]:
-            assert mine[key] == pytest.approx(other[key], abs=1e-5, rel=1e-6), key
+            assert mine[key] == pytest.approx(other[key], abs=1e-5, rel=1e-5), key
 
 
 def test_the_same_seed_gives_the_same_metrics_bit_for_bit(runs):
