@@ -409,6 +409,8 @@ def main() -> None:
             claim_folder(Path(config.output_dir))  # before minutes go into the cold start
             main_does(world, toy.ensure_toy)
             if not (toy.SFT / "model").is_dir():
+                cut_off = (toy.SFT / "metrics.jsonl").exists()
+                require(not cut_off, f"{toy.SFT} holds a cold start that was cut off: delete it")
                 log(f"{toy.SFT / 'model'} is not there: the cold start (train_sft.py) comes first")
                 cold_start = train_sft.toy_defaults(world.size) | {"seed": config.seed}
                 train_sft.train(train_sft.SFTConfig(**cold_start), world)
