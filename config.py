@@ -59,6 +59,8 @@ class TrainConfig(MediaConfig):
     data_root: str = flag("", "what the rows' paths are relative to; default: the data's folder")
     data_types: list[str] = flag(["image", "video"], "kinds of samples to train on")
     skip_bad_samples: bool = flag(False, "leave out, and count, rows without what the stage needs")
+    max_skipped: float = flag(0.01, "share of samples with unusable media that ends a run")
+    freeze_vision: bool = flag(False, "train the language model alone")
     seed: int = flag(0, "of the data's order, the shuffles and the rollouts")
     num_epochs: float = flag(1.0, "passes over the data, where --max_steps is 0")
     max_steps: int = flag(0, "optimizer steps; 0: by --num_epochs")
@@ -78,13 +80,19 @@ class TrainConfig(MediaConfig):
         for name in ("seed", "max_steps", "warmup_steps", "learning_rate", "weight_decay"):
             require(getattr(self, name) >= 0, f"--{name} must not be negative")
         require(self.max_grad_norm > 0, "--max_grad_norm must be positive")
+        require(0 <= self.max_skipped <= 1, "--max_skipped must lie between 0 and 1")
         require(self.max_steps or self.num_epochs > 0, "--num_epochs must be positive")
         unknown = set(self.data_types) - {"image", "video"}
         require(not unknown and self.data_types, "--data_types takes image, video or both")
 
+    @property
+    def rank_batch_size(self) -> int:
+        """Prompts of one rank in one optimizer step."""
+        return self.prompts_per_rank * self.gradient_accumulation_steps
+
     def batch_size(self, world_size: int) -> int:
         """Prompts in one optimizer step, over all ranks."""
-        return world_size * self.prompts_per_rank * self.gradient_accumulation_steps
+        return world_size * self.rank_batch_size
 
 
 def require(condition: object, message: str) -> None:

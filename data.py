@@ -1,4 +1,4 @@
-"""From rows of JSON to prompts: samples, the template, frames, patches, shuffling, the loader.
+"""From rows of JSON to prompts: samples, the template, frames, patches, shuffling.
 
     Sample   one row of a data file, checked
     Prompt   one sample in one frame order, ready for the model
@@ -9,8 +9,7 @@ Shapes: F frames, H x W pixels, N patches of 14 x 14 pixels and 2 frames, S prom
 import functools
 import json
 import os
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,8 +20,8 @@ from torch import Tensor
 from media import DecoderPool, MediaError, read_frames, read_image, smart_resize
 
 __all__ = [
-    "DecoderPool", "MediaError", "Prompt", "Sample", "load_samples", "make_prompt", "patchify",
-    "read_frames", "read_image", "smart_resize",
+    "DecoderPool", "MediaError", "Prompt", "Sample", "check_rows", "load_samples", "make_prompt",
+    "patchify", "read_frames", "read_image", "read_rows", "smart_resize",
 ]  # fmt: skip
 
 PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression")  # Section 3.1
@@ -49,6 +48,10 @@ ANSWER_FORMATS = {
     "free-form": "Answer in a short text.",
     "regression": "Answer with one number.",
 }
+
+
+class UnusableSample(ValueError):
+    """A sample that the model cannot take, though its row and its file are sound."""
 
 
 @dataclass(frozen=True)
@@ -107,29 +110,58 @@ def load_samples(path: str | Path, data_root: str | Path | None = None) -> list[
     Raises:
         ValueError: naming the file, and the row (counted from 0) if it is one row's fault.
     """
+    samples, faults = check_rows(path, data_root)
+    if faults:
+        raise ValueError(faults[0])
+    return samples
+
+
+def check_rows(
+    path: str | Path, data_root: str | Path | None = None
+) -> tuple[list[Sample], list[str]]:
+    """load_samples, but with the rows that can be read beside a message for each that cannot.
+
+    Returns:
+        the samples in the file's order; the messages, lines that are not JSON before other rows.
+    Raises:
+        ValueError: it is the whole file's fault; names the file.
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"data file {path} does not exist")
     root = Path(data_root) if data_root else path.parent
     if not root.is_dir():
         raise ValueError(f"data root {root} is not a folder")
-    rows = _read_rows(path)
-    if not rows:
+    rows, faults = read_rows(path)
+    if not rows and not faults:
         raise ValueError(f"{path} holds no rows")
     find = functools.cache(functools.partial(_find_base, root))  # one look per top folder
-    return [_check_row(row, number, path, find) for number, row in enumerate(rows)]
+    samples = []
+    for number, row in rows.items():
+        try:
+            samples.append(_check_row(row, number, path, find))
+        except ValueError as error:
+            faults.append(str(error))
+    return samples, faults
 
 
-def _read_rows(path: Path) -> list:
+def read_rows(path: Path) -> tuple[dict[int, object], list[str]]:
+    """The rows of a file by their number, as they are, and a message for each that is not JSON."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: {error}") from None
     if text.lstrip()[:1] == "[":
-        return _parse_json(text, str(path))
+        return dict(enumerate(_parse_json(text, str(path)))), []
     # Not splitlines, which also cuts at characters that a JSON text may hold.
     lines = [line for line in text.split("\n") if line.strip()]
-    return [_parse_json(line, f"{path}, row {row}") for row, line in enumerate(lines)]
+    rows, faults = {}, []
+    for number, line in enumerate(lines):
+        try:
+            rows[number] = _parse_json(line, f"{path}, row {number}")
+        except ValueError as error:
+            faults.append(str(error))
+    return rows, faults
 
 
 def _parse_json(text: str, where: str):
@@ -416,27 +448,7 @@ def patchify(frames, mean=CLIP_MEAN, std=CLIP_STD) -> tuple[Tensor, Tensor]:
     return pixels.reshape(t * h * w, -1), torch.tensor([t, h, w])
 
 
-# --------------------------------------------------------------------------------------- loader
-
-
-def sample_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of one pass over the data: a permutation that depends on seed and epoch alone."""
-    return np.random.default_rng([seed, epoch]).permutation(num_samples)
-
-
-def step_indices(
-    num_samples: int, seed: int, step: int, batch_size: int, rank: int, world_size: int
-) -> list[int]:
-    """The samples of one rank in one step (counted from 0).
-
-    Steps take consecutive blocks of `batch_size` from the endless row of epochs, and ranks take
-    turns within a block, so the set of samples in a step does not depend on the number of ranks.
-    """
-    assert batch_size % world_size == 0, "the batch must divide evenly over the ranks"
-    places = range(step * batch_size + rank, (step + 1) * batch_size, world_size)
-    orders = {epoch: sample_order(num_samples, seed, epoch)
-              for epoch in {place // num_samples for place in places}}  # fmt: skip
-    return [int(orders[place // num_samples][place % num_samples]) for place in places]
+# -------------------------------------------------------------------------------- decoded samples
 
 
 @dataclass(frozen=True)
@@ -451,40 +463,6 @@ class Media:
         """make_prompt with these frames."""
         frames = (self.frames, self.seconds_between_frames)
         return make_prompt(self.sample, tokenizer, frames, order, generator, **options)
-
-
-def load_steps(
-    samples: list[Sample],
-    pool: DecoderPool,
-    steps: range,
-    seed: int,
-    batch_size: int,
-    rank: int,
-    world_size: int,
-    limits: dict[str, int],
-    steps_ahead: int = 2,
-) -> Iterator[list[Media]]:
-    """This rank's decoded samples, step by step; `steps_ahead` steps are decoded in advance.
-
-    Raises:
-        MediaError: a file cannot be used.
-    """
-    waiting = deque()
-    for step in range(steps.start, steps.stop + steps_ahead):
-        if step < steps.stop:
-            indices = step_indices(len(samples), seed, step, batch_size, rank, world_size)
-            chosen = [samples[index] for index in indices]
-            waiting.append([(sample, submit_decode(pool, sample, limits)) for sample in chosen])
-        if step >= steps.start + steps_ahead:
-            yield [_decoded(sample, future) for sample, future in waiting.popleft()]
-
-
-def _decoded(sample: Sample, future) -> Media:
-    try:
-        return Media(sample, *future.result())
-    except MediaError as error:
-        where = f"row {sample.row} (problem {sample.problem_id})"
-        raise MediaError(f"{where} cannot be shown: {error}") from None
 
 
 def submit_decode(pool: DecoderPool, sample: Sample, limits: dict[str, int]):

@@ -78,6 +78,7 @@ def shard(
     world: World,
     forward_methods: tuple[str, ...] = (),
     trainable: bool = True,
+    freeze_vision: bool = False,
 ) -> None:
     """Shard a Qwen2.5-VL in place: a group per decoder layer, per vision block, and the rest.
 
@@ -86,7 +87,8 @@ def shard(
 
     Args:
         forward_methods: methods of `model` that FSDP gathers the weights around, as for forward.
-        trainable: False for a frozen reference.
+        trainable: False for a frozen reference. freeze_vision: the vision tower learns nothing,
+            and has neither gradients nor a part in the optimizer.
     """
     precision, vision_precision = MixedPrecisionPolicy(), MixedPrecisionPolicy()
     if world.device.type == "cuda":
@@ -105,6 +107,8 @@ def shard(
     for name in forward_methods:
         register_fsdp_forward_method(model, name)
     model.requires_grad_(trainable)
+    if freeze_vision:
+        model.model.visual.requires_grad_(False)
     model.train(trainable)
 
 

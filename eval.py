@@ -31,7 +31,7 @@ from data import (
     submit_decode,
 )
 from distributed import World, gather_to_main, log, main_does, process_group, run
-from model import load_model, load_normalisation, load_tokenizer
+from model import load_model, load_normalisation, load_tokenizer, require_room
 from rewards import accuracy_reward, check_solution, extract_answer, parse_float
 from sampling import derive_seed, sample_groups
 
@@ -201,13 +201,13 @@ def answer_samples(
                 try:
                     check_solution(sample.solution, sample.problem_type)
                     require_no_vision_tokens(sample)
-                    frames = future.result()
+                    generator = torch.Generator().manual_seed(derive_seed(config.seed, sample.row))
+                    prompt = make_prompt(sample, tokenizer, future.result(), config.order,
+                                         generator, **prompt_options)  # fmt: skip
+                    require_room(prompt, config.max_new_tokens, model.config)
+                    prompts.append(prompt)
                 except ValueError as error:  # MediaError too: in the summary, and in no score
                     items.append(item_record(sample, config.order, error=str(error)))
-                    continue
-                generator = torch.Generator().manual_seed(derive_seed(config.seed, sample.row))
-                prompts.append(make_prompt(sample, tokenizer, frames, config.order, generator,
-                                           **prompt_options))  # fmt: skip
             waiting[number] = None
             if prompts:
                 keys = [[(config.seed, prompt.sample.row, 1)] for prompt in prompts]

@@ -13,7 +13,7 @@ N tokens of the packed row, M response tokens among them, D hidden size, V vocab
 """
 
 import json
-from contextlib import ExitStack
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MethodType
@@ -23,7 +23,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AttentionInterface,
@@ -36,6 +36,8 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from data import UnusableSample
 
 # Logits of so many (token, vocabulary) pairs exist at a time: 256 MiB in float32.
 LOGITS_PER_CHUNK = 2**26
@@ -74,6 +76,22 @@ def rope_positions(prompt, tokens_per_second: int = 2, merge_size: int = 2) -> T
     num_after = len(prompt.input_ids) - prompt.vision_start - vision.shape[1]
     after = (torch.arange(num_after) + vision.max() + 1).expand(3, -1)
     return torch.cat([before, vision, after], dim=1)  # (3, S)
+
+
+def require_room(prompt, num_new_tokens: int, config) -> None:
+    """Raise UnusableSample unless a prompt and a response fit into the model's positions.
+
+    A prompt is never cut: it holds vision tokens, and their features would have no place.
+    """
+    tokens_per_second = config.vision_config.tokens_per_second
+    positions = int(rope_positions(prompt, tokens_per_second).max()) + 1
+    needed = max(positions, len(prompt.input_ids)) + num_new_tokens
+    limit = config.get_text_config().max_position_embeddings
+    if needed > limit:
+        raise UnusableSample(
+            f"its prompt of {len(prompt.input_ids)} tokens and a response of {num_new_tokens} "
+            f"take {needed} positions, the model has {limit}"
+        )
 
 
 # --------------------------------------------------------------------------------------- packing
@@ -265,7 +283,9 @@ def _packed_hidden(model, pack: Pack, cache: DynamicCache | None = None) -> Tens
     """The last hidden states (N, D) of a packed row: one vision call, one language model call."""
     inner = model.model
     pixels = pack.pixel_values.to(inner.visual.dtype)
-    features = inner.visual(pixels, grid_thw=pack.grid_thw).pooler_output  # (vision tokens, D)
+    learns = any(parameter.requires_grad for parameter in inner.visual.parameters())
+    with torch.set_grad_enabled(learns and torch.is_grad_enabled()):  # --freeze_vision
+        features = inner.visual(pixels, grid_thw=pack.grid_thw).pooler_output  # (tokens, D)
     embeds = inner.get_input_embeddings()(pack.input_ids)  # (N, D)
     embeds = embeds.index_copy(0, pack.vision_places, features.to(embeds.dtype))
     output = inner.language_model(
@@ -395,11 +415,7 @@ def resolve_folder(name: str) -> Path:
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise ValueError(f"--model {name} holds no config.json: not a model folder")
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"--model {name}: config.json is not JSON: {error}") from None
-    model_type = config.get("model_type") if isinstance(config, dict) else None
+    model_type = _read_json(config_file).get("model_type")
     if model_type != "qwen2_5_vl":
         raise ValueError(f"--model {name} is not a Qwen2.5-VL: its model_type is {model_type!r}")
     return folder
@@ -468,7 +484,10 @@ def weight_files(folder: Path) -> dict[str, Path]:
     """The file of every tensor of a folder, by the tensor's name in it."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return {k: folder / v for k, v in json.loads(index.read_text())["weight_map"].items()}
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"--model: {index} holds no weight_map")
+        return {name: folder / file for name, file in weight_map.items()}
     single = folder / "model.safetensors"
     if not single.is_file():
         raise ValueError(f"--model {folder} holds neither model.safetensors nor an index of shards")
@@ -487,31 +506,36 @@ def open_weights(path: Path):
 @torch.no_grad()
 def _fill(model: nn.Module, folder: Path) -> None:
     files = weight_files(folder)
-    with ExitStack() as stack:
-        opened = {path: stack.enter_context(open_weights(path))
-                  for path in sorted(set(files.values()))}  # fmt: skip
-        for name, parameter in model.named_parameters():  # a tied weight comes once
-            # Newer folders may carry transformers 5's own names.
-            stored = next((key for key in (hub_name(name), name) if key in files), None)
-            if stored is None:
-                raise ValueError(f"--model {folder} lacks the weight {hub_name(name)}")
-            tensor = opened[files[stored]].get_tensor(stored)
-            if tensor.shape != parameter.shape:
+    for name, parameter in model.named_parameters():  # a tied weight comes once
+        # Newer folders may carry transformers 5's own names.
+        stored = next((key for key in (hub_name(name), name) if key in files), None)
+        if stored is None:
+            raise ValueError(f"--model {folder} lacks the weight {hub_name(name)}")
+        # Opened anew for each tensor: what has been read leaves this process's memory again.
+        with open_weights(files[stored]) as file:
+            if stored not in file.keys():  # noqa: SIM118  it is no dict
+                raise ValueError(f"--model: {files[stored]} lacks {stored}, which the index names")
+            weight = file.get_slice(stored)
+            if tuple(weight.get_shape()) != parameter.shape:
                 raise ValueError(
-                    f"--model {folder}: {stored} is {tuple(tensor.shape)}, its config.json says "
-                    f"{tuple(parameter.shape)}"
+                    f"--model {folder}: {stored} is {tuple(weight.get_shape())}, its config.json "
+                    f"says {tuple(parameter.shape)}"
                 )
-            _copy_into(parameter, tensor)
+            rows = _local_rows(parameter)  # every rank reads its own: nothing is sent
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            local.copy_(weight[rows])
 
 
-def _copy_into(parameter: Tensor, tensor: Tensor) -> None:
-    """Copy a whole tensor, or this rank's part of it, into a parameter."""
-    if isinstance(parameter, DTensor):  # every rank reads for itself: nothing is sent
-        tensor = tensor.to(parameter.to_local().device)
-        mesh, placements = parameter.device_mesh, parameter.placements
-        tensor = distribute_tensor(tensor, mesh, placements, src_data_rank=None).to_local()
-        parameter = parameter.to_local()
-    parameter.copy_(tensor)
+def _local_rows(parameter: Tensor) -> slice:
+    """The rows of a parameter that this rank holds. FSDP2 cuts the first dimension as torch.chunk
+    does: into parts of equal size, the last ones smaller or empty."""
+    count = parameter.shape[0]
+    if not isinstance(parameter, DTensor):
+        return slice(0, count)
+    # The last dimension of the mesh: where there is another, its ranks hold copies.
+    size, rank = parameter.device_mesh.size(-1), parameter.device_mesh.get_local_rank(-1)
+    rows = math.ceil(count / size)
+    return slice(min(rank * rows, count), min((rank + 1) * rows, count))
 
 
 def load_tokenizer(name: str):
@@ -524,6 +548,9 @@ def load_tokenizer(name: str):
     if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
         raise ValueError(f"--model {name} holds no tokenizer.json and no vocab.json")
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    beside = folder / "chat_template.json"  # the official folders have one, for the processor
+    if not tokenizer.chat_template and beside.is_file():
+        tokenizer.chat_template = _read_json(beside).get("chat_template")
     if not tokenizer.chat_template:
         raise ValueError(f"--model {name}: its tokenizer has no chat template")
     return tokenizer
@@ -534,5 +561,22 @@ def load_normalisation(name: str) -> dict[str, tuple[float, ...]]:
     file = resolve_folder(name) / "preprocessor_config.json"
     if not file.is_file():
         raise ValueError(f"--model {name} holds no preprocessor_config.json")
-    settings = json.loads(file.read_text(encoding="utf-8"))
-    return {"mean": tuple(settings["image_mean"]), "std": tuple(settings["image_std"])}
+    settings = _read_json(file)
+    found = {}
+    for name in ("mean", "std"):
+        values = settings.get(f"image_{name}")
+        if not isinstance(values, list) or len(values) != 3:
+            raise ValueError(f"--model {name}: {file} needs three numbers as image_{name}")
+        found[name] = tuple(values)
+    return found
+
+
+def _read_json(file: Path) -> dict:
+    """The object in a file of a model folder."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"--model: {file} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"--model: {file} holds no object")
+    return content

@@ -21,7 +21,7 @@ import toy
 import train_sft
 from checkpoint import export_model
 from config import TrainConfig, flag, parse_config, require
-from data import DecoderPool, Media, Sample, load_steps
+from data import DecoderPool, Media, Prompt, Sample
 from distributed import (
     World,
     gather_to_main,
@@ -33,7 +33,7 @@ from distributed import (
     sum_over_ranks,
     unsharded,
 )
-from model import PACKED_METHODS, enable_checkpointing, group_logprobs, load_model
+from model import PACKED_METHODS, enable_checkpointing, group_logprobs, load_model, require_room
 from rewards import accuracy_reward, check_solution, format_reward
 from sampling import Rollout, derive_seed, sample_groups
 from tgrpo import (
@@ -49,6 +49,7 @@ from training import (
     claim_folder,
     learning_rate_at,
     load_inputs,
+    make_loader,
     make_optimizer,
     num_steps,
     update,
@@ -126,25 +127,31 @@ class Group:
     advantages: Tensor  # float64
 
 
+def make_prompts(
+    media: Media, step: int, tokenizer, config: RLConfig, prompt_options: dict
+) -> list[Prompt]:
+    """The prompt with the frames in order and, for a video, the one with the frames shuffled."""
+    prompts = [media.prompt(tokenizer, "ordered", **prompt_options)]
+    if config.temporal and media.sample.is_video:
+        key = (config.seed, step, media.sample.row, PERMUTATION)
+        generator = torch.Generator().manual_seed(derive_seed(*key))
+        prompts.append(media.prompt(tokenizer, "shuffled", generator, **prompt_options))
+    return prompts
+
+
 def sample_rollouts(
-    policy, tokenizer, batch: list[Media], config: RLConfig, step: int, prompt_options: dict
+    policy, tokenizer, batch: list[list[Prompt]], config: RLConfig, step: int
 ) -> list[tuple[Rollout, Rollout | None]]:
     """Responses to the ordered and, for videos, to the shuffled frames, in one batch."""
-    prompts, keys = [], []
-
-    def ask(media: Media, order: str, group: int, size: int) -> None:
-        key = (config.seed, step, media.sample.row)
-        generator = torch.Generator().manual_seed(derive_seed(*key, PERMUTATION))
-        prompts.append(media.prompt(tokenizer, order, generator, **prompt_options))
-        keys.append([(*key, group, row) for row in range(size)])
-
-    with_shuffled = [config.temporal and media.sample.is_video for media in batch]
-    for media, also_shuffled in zip(batch, with_shuffled, strict=True):
-        ask(media, "ordered", ORDERED, config.group_size)
-        if also_shuffled:
-            ask(media, "shuffled", SHUFFLED, config.shuffled_group_size)
+    sizes = {ORDERED: config.group_size, SHUFFLED: config.shuffled_group_size}
+    keys = [
+        [(config.seed, step, prompt.sample.row, group, row) for row in range(sizes[group])]
+        for prompts in batch
+        for group, prompt in enumerate(prompts)
+    ]
+    prompts = [prompt for prompts in batch for prompt in prompts]
     rollouts = iter(sample_groups(policy, tokenizer, prompts, keys, config.max_new_tokens))
-    return [(next(rollouts), next(rollouts) if also else None) for also in with_shuffled]
+    return [(next(rollouts), next(rollouts) if len(prompts) > 1 else None) for prompts in batch]
 
 
 def score_group(ordered: Rollout, shuffled: Rollout | None, config: RLConfig) -> Group:
@@ -246,24 +253,25 @@ def train(config: RLConfig, world: World) -> None:
     policy, reference = load_policy_and_reference(config, world)
     optimizer = make_optimizer(policy, config.learning_rate, config.weight_decay)
 
+    def prepare(media: Media, step: int) -> list[Prompt]:
+        prompts = make_prompts(media, step, tokenizer, config, prompt_options)
+        require_room(prompts[0], config.max_new_tokens, policy.config)  # the shuffled is as long
+        return prompts
+
     total_steps = num_steps(config, len(samples), world)
     with (
         RunLog(folder, config, world, total_steps, "rl") as run_log,
         DecoderPool(config.num_workers, config.decode_timeout) as pool,
     ):
-        batches = load_steps(
-            samples, pool, range(total_steps), config.seed, config.batch_size(world.size),
-            world.rank, world.size, config.limits(),
-        )  # fmt: skip
+        loader = make_loader(config, samples, pool, prepare, world)
         for step in range(total_steps):
             timer = PhaseTimer()
             rate = learning_rate_at(step, total_steps, config.learning_rate, config.warmup_steps)
             with timer("data"):
-                batch = cut(next(batches), config.prompts_per_rank)
+                batch = cut(loader.take(config.rank_batch_size, step), config.prompts_per_rank)
             with timer("rollout"), unsharded(policy):
                 rollouts = [
-                    sample_rollouts(policy, tokenizer, micro, config, step, prompt_options)
-                    for micro in batch
+                    sample_rollouts(policy, tokenizer, micro, config, step) for micro in batch
                 ]
             with timer("reward"):
                 micro_batches = [
@@ -277,9 +285,15 @@ def train(config: RLConfig, world: World) -> None:
                     policy, optimizer, micro_batches, logps_ref, config, world, rate
                 )
             groups = [group for micro in micro_batches for group in micro]
-            run_log.metrics(step_metrics(step, groups, updated, rate, timer, world))
             records = gather_to_main([rollout_record(step, group) for group in groups], world)
-            run_log.rollouts([record for rank in records or [] for record in rank])
+            run_log.records("rollouts.jsonl", [record for rank in records or [] for record in rank])
+            skipped = loader.sync()
+            run_log.records("skipped.jsonl", skipped)
+            metrics = step_metrics(step, groups, updated, rate, len(skipped), timer, world)
+            run_log.metrics(metrics)
+            if step == 0:
+                show_first_step(groups, metrics, config, run_log)
+            loader.check_skipped()
     export_model(policy, config.model, folder / "model", world)
     log(f"model written to {folder / 'model'}")
 
@@ -287,7 +301,9 @@ def train(config: RLConfig, world: World) -> None:
 def load_policy_and_reference(config: RLConfig, world: World):
     """The policy to train, and the same checkpoint frozen, for ever as it was loaded."""
     sharding = partial(shard, world=world, forward_methods=PACKED_METHODS)
-    policy = load_model(config.model, world.device, shard=sharding)
+    policy = load_model(
+        config.model, world.device, shard=partial(sharding, freeze_vision=config.freeze_vision)
+    )
     if config.activation_checkpointing:
         enable_checkpointing(policy)
     reference = load_model(
@@ -308,7 +324,7 @@ def require_solution(sample: Sample) -> None:
         raise ValueError(f"row {sample.row} (problem {sample.problem_id}): {error}") from None
 
 
-def cut(batch: list[Media], size: int) -> list[list[Media]]:
+def cut(batch: list, size: int) -> list[list]:
     """A rank's samples as micro-batches of `size`."""
     return [batch[start : start + size] for start in range(0, len(batch), size)]
 
@@ -321,6 +337,7 @@ def step_metrics(
     groups: list[Group],
     updated: dict[str, float],
     rate: float,
+    num_skipped: int,
     timer: PhaseTimer,
     world: World,
 ) -> dict[str, float | int | None]:
@@ -372,8 +389,34 @@ def step_metrics(
         "grad_norm": updated["grad_norm"],
         "lr": rate,
         "logp_gap": mean("gap_sum", "gap_count"),
+        "skipped": num_skipped,
         **timer.metrics(sums["tokens"], world),
     }
+
+
+def show_first_step(groups: list[Group], metrics: dict, config: RLConfig, run_log: RunLog) -> None:
+    """Three of the first responses and their rewards; and in words what makes a run hopeless."""
+    group = groups[0]
+    sample = group.ordered.prompt.sample
+    run_log.say(f"the first responses, to row {sample.row} (solution {sample.solution!r}):")
+    for index, text in enumerate(group.ordered.texts[:3]):
+        run_log.say(
+            f"  reward {float(group.rewards[index]):.3g} (accuracy "
+            f"{float(group.accuracy[index]):.3g}, format {float(group.format[index]):.3g}), "
+            f"{int(group.ordered.lengths[index])} tokens: {text!r}"
+        )
+    if metrics["format"] == 0:
+        run_log.say(
+            "warning: no response of the first step has the format <think>..</think> "
+            "<answer>..</answer>, so the format reward is 0 everywhere. Is --model the model of "
+            "stage 1, and does --prompt_template ask for the tags that it learned?"
+        )
+    if metrics["clipped_length"] > 0.9:
+        run_log.say(
+            f"warning: {100 * metrics['clipped_length']:.0f}% of the first step's responses were "
+            f"cut at --max_new_tokens {config.max_new_tokens}: they end before their answer. Raise "
+            "it, or see whether the model ever writes its end token (rollouts.jsonl)."
+        )
 
 
 def rollout_record(step: int, group: Group) -> dict:

@@ -19,7 +19,7 @@ from torch import Tensor
 import toy
 from checkpoint import export_model
 from config import TrainConfig, flag, parse_config
-from data import DecoderPool, Prompt, load_steps, require_process, response_ids
+from data import DecoderPool, Media, Prompt, require_process, response_ids
 from distributed import World, log, main_does, process_group, run, shard, sum_over_ranks
 from model import (
     PACKED_METHODS,
@@ -27,6 +27,7 @@ from model import (
     forbidden_tokens,
     load_model,
     pack_groups,
+    require_room,
 )
 from training import (
     PhaseTimer,
@@ -34,6 +35,7 @@ from training import (
     claim_folder,
     learning_rate_at,
     load_inputs,
+    make_loader,
     make_optimizer,
     num_steps,
     update,
@@ -88,45 +90,48 @@ def train(config: SFTConfig, world: World) -> None:
     folder = Path(config.output_dir)
     claim_folder(folder)
     samples, tokenizer, prompt_options = load_inputs(config, require_process)
-    sharding = partial(shard, world=world, forward_methods=PACKED_METHODS)
+    sharding = partial(
+        shard, world=world, forward_methods=PACKED_METHODS, freeze_vision=config.freeze_vision
+    )
     model = load_model(config.model, world.device, shard=sharding)
     if config.activation_checkpointing:
         enable_checkpointing(model)
     optimizer = make_optimizer(model, config.learning_rate, config.weight_decay)
+
+    def prepare(media: Media, step: int) -> tuple[Prompt, Tensor]:
+        prompt = media.prompt(tokenizer, **prompt_options)
+        response = response_ids(media.sample, tokenizer)
+        require_room(prompt, len(response), model.config)
+        return prompt, response
 
     total_steps = num_steps(config, len(samples), world)
     with (
         RunLog(folder, config, world, total_steps, "sft") as run_log,
         DecoderPool(config.num_workers, config.decode_timeout) as pool,
     ):
-        batches = load_steps(
-            samples, pool, range(total_steps), config.seed, config.batch_size(world.size),
-            world.rank, world.size, config.limits(),
-        )  # fmt: skip
+        loader = make_loader(config, samples, pool, prepare, world)
         for step in range(total_steps):
             timer = PhaseTimer()
             rate = learning_rate_at(step, total_steps, config.learning_rate, config.warmup_steps)
             with timer("data"):
-                batch = [
-                    (
-                        media.prompt(tokenizer, **prompt_options),
-                        response_ids(media.sample, tokenizer),
-                    )
-                    for media in next(batches)
-                ]
+                batch = loader.take(config.rank_batch_size, step)
             num_tokens = float(sum(len(response) for _, response in batch))
             num_tokens = sum_over_ranks({"tokens": num_tokens})["tokens"]
             with timer("update"):
                 loss = accumulate_gradients(model, batch, num_tokens, config, world)
                 grad_norm = update(model, optimizer, rate, config.max_grad_norm)
+            skipped = loader.sync()
+            run_log.records("skipped.jsonl", skipped)
             run_log.metrics({
                 "step": step + 1,
                 "loss": sum_over_ranks({"loss": loss})["loss"],
                 "grad_norm": grad_norm,
                 "lr": rate,
                 "tokens": int(num_tokens),
+                "skipped": len(skipped),
                 **timer.metrics(num_tokens, world),
             })  # fmt: skip
+            loader.check_skipped()
     export_model(model, config.model, folder / "model", world)
     log(f"model written to {folder / 'model'}")
 

@@ -14,8 +14,9 @@ from torch.optim import AdamW
 from tqdm import tqdm
 
 from config import TrainConfig, require
-from data import Sample, load_samples, load_template, require_no_vision_tokens
+from data import DecoderPool, Sample, load_samples, load_template, require_no_vision_tokens
 from distributed import World, log, max_over_ranks, peak_memory_gib
+from loader import Loader, Progress
 from model import load_normalisation, load_tokenizer
 
 
@@ -89,6 +90,16 @@ def load_inputs(
     return usable, load_tokenizer(config.model), options
 
 
+def make_loader(
+    config: TrainConfig, samples: list[Sample], pool: DecoderPool, prepare: Callable, world: World
+) -> Loader:
+    """This rank's stream of samples, from the beginning."""
+    return Loader(
+        samples, pool, prepare, limits=config.limits(), rank=world.rank, seed=config.seed,
+        progress=Progress(counts=(0,) * world.size), max_skipped=config.max_skipped,
+    )  # fmt: skip
+
+
 class PhaseTimer:
     """Seconds by phase: `with timer("rollout"): ...`; phases of one name add up."""
 
@@ -122,16 +133,16 @@ class PhaseTimer:
 
 
 class RunLog:
-    """A run's folder: config.json, metrics.jsonl, rollouts.jsonl, written by rank 0, which also
-    shows the console line and the progress bar."""
+    """A run's folder: config.json and the .jsonl files, written by rank 0, which also shows the
+    console line and the progress bar."""
 
     def __init__(self, folder: Path, config: TrainConfig, world: World, num_steps: int, name: str):
-        self.folder, self.is_main, self.rollouts_file = folder, world.is_main, None
+        self.folder, self.is_main = folder, world.is_main
+        self.files: dict = {}  # name: open file
         if self.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
             (folder / "config.json").write_text(text, encoding="utf-8")
-            self.metrics_file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
             self.bar = tqdm(total=num_steps, desc=name, unit="step", dynamic_ncols=True)
 
     def metrics(self, metrics: dict[str, float | int | None]) -> None:
@@ -142,30 +153,32 @@ class RunLog:
         if not self.is_main:
             return
         metrics = {key: value if _is_number(value) else None for key, value in metrics.items()}
-        self.metrics_file.write(json.dumps(metrics) + "\n")
-        self.metrics_file.flush()
+        self.records("metrics.jsonl", [metrics])
         words = [f"{key} {_short(value)}" for key, value in metrics.items()]
         self.bar.write("  ".join(words))
         self.bar.update()
 
-    def rollouts(self, records: list[dict]) -> None:
-        """One line per record into rollouts.jsonl."""
-        if not self.is_main:
+    def records(self, name: str, records: list[dict]) -> None:
+        """One line per record into a file of this name, which is there once it has a line."""
+        if not self.is_main or not records:
             return
-        if self.rollouts_file is None:
-            self.rollouts_file = (self.folder / "rollouts.jsonl").open("a", encoding="utf-8")
-        for record in records:
-            self.rollouts_file.write(json.dumps(record) + "\n")
-        self.rollouts_file.flush()
+        if name not in self.files:
+            self.files[name] = (self.folder / name).open("a", encoding="utf-8")
+        self.files[name].writelines(json.dumps(record) + "\n" for record in records)
+        self.files[name].flush()
+
+    def say(self, text: str) -> None:
+        """A line on the console, above the progress bar."""
+        if self.is_main:
+            self.bar.write(text)
 
     def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, *error: object) -> None:
         if self.is_main:
-            self.metrics_file.close()
-            if self.rollouts_file is not None:
-                self.rollouts_file.close()
+            for file in self.files.values():
+                file.close()
             self.bar.close()  # leaves the bar's line, so that an error starts on its own
 
 

@@ -5,6 +5,7 @@ usage: ranks.py OUT, in a folder that holds runs/toy/base and runs/toy/data
 
 import dataclasses
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ from sampling import Rollout
 from train_rl import RLConfig
 from train_sft import SFTConfig
 
-OUT = Path(sys.argv[1])
+OUT = Path(sys.argv[1] if __name__ == "__main__" else ".")
 COMMON = {
     "model": str(toy.BASE), "max_frames": 8, "num_workers": 1, "activation_checkpointing": False,
     "learning_rate": 1e-3, "max_steps": 3,
@@ -31,7 +32,7 @@ COMMON = {
 RL = {"group_size": 4, "shuffled_group_size": 2, "max_new_tokens": 12, "l_min": 5, "l_max": 12}
 
 
-def written_rollouts(policy, tokenizer, batch, config, step, options):
+def written_rollouts(policy, tokenizer, batch, config, step):
     """Rollouts as somebody wrote them: the same whatever the ranks, with rewards that differ."""
 
     def rollout(prompt, texts):
@@ -42,16 +43,17 @@ def written_rollouts(policy, tokenizer, batch, config, step, options):
         return Rollout(prompt, padded, mask, torch.ones(len(ids)).bool(), mask * 0.0, texts)
 
     rollouts = []
-    for media in batch:
-        right = media.sample.solution
+    for prompts in batch:
+        sample = prompts[0].sample
+        right = sample.solution
         texts = [
             f"<think>It goes from left to right.</think>\n{right}",
             "<think>I see a square.</think>\n<answer>Z</answer>",
             f"right {right}",
-            "<think>It goes" + " up" * (step + media.sample.row % 3),
+            "<think>It goes" + " up" * (step + sample.row % 3),
         ]
-        ordered = rollout(media.prompt(tokenizer, **options), texts)
-        shuffled = rollout(ordered.prompt, texts[1:3]) if media.sample.is_video else None
+        ordered = rollout(prompts[0], texts)
+        shuffled = rollout(prompts[1], texts[1:3]) if sample.is_video else None
         rollouts.append((ordered, shuffled))
     return rollouts
 
@@ -155,6 +157,46 @@ def unlike_ranks(world):
             train_rl.train(dataclasses.replace(config, max_new_tokens=cut), world)
 
 
+UNUSABLE = ("garbage.mp4", "empty.mp4", "directory.mp4", "fifo.mp4", "truncated.mp4", "none.mp4")
+
+
+def unusable_media(world):
+    """Both stages on 24 rows of which six have a file that is missing, broken or no file."""
+    folder = OUT / "unusable"
+    rows = json.loads(toy.RL_DATA.read_text())[:24]
+
+    def make():
+        folder.mkdir()
+        (folder / "garbage.mp4").write_bytes(b"not a clip" * 1000)
+        (folder / "empty.mp4").touch()
+        (folder / "directory.mp4").mkdir()
+        os.mkfifo(folder / "fifo.mp4")
+        ftyp = b"\0\0\0\x10ftypisom\0\0\0\0"
+        (folder / "truncated.mp4").write_bytes(ftyp + b"\0\0\xff\xffmdat" + bytes(1000))
+        for row in rows:
+            row["path"] = f"runs/toy/data/{row['path']}"
+            row["process"] = "<think>It goes.</think>"
+        for number, name in enumerate(UNUSABLE):
+            rows[3 * number + 1] |= {"data_type": "video", "path": f"{OUT.name}/unusable/{name}"}
+        (folder / "rows.json").write_text(json.dumps(rows))
+
+    main_does(world, make)
+    common = COMMON | {"data": str(folder / "rows.json"), "data_root": ".", "prompts_per_rank": 2}
+    common |= {"max_steps": 24 // (2 * world.size)}
+    train_sft.train(SFTConfig(**common | {"output_dir": str(OUT / "unusable-sft")}), world)
+    train_rl.train(RLConfig(**common | RL | {"output_dir": str(OUT / "unusable-rl")}), world)
+
+
+def frozen_vision(world):
+    """Both stages with --freeze_vision: the tower stays, the rest learns as before."""
+    for stage, train, config in (
+        ("sft", train_sft.train, SFTConfig), ("rl", train_rl.train, RLConfig)
+    ):  # fmt: skip
+        flags = COMMON | (RL if stage == "rl" else {}) | {"freeze_vision": True}
+        flags |= {"data": str(getattr(toy, f"{stage.upper()}_DATA")), "prompts_per_rank": 2}
+        train(config(**flags | {"output_dir": str(OUT / f"frozen-{stage}")}), world)
+
+
 if __name__ == "__main__":
     die_with_parent()
     with process_group(timeout_seconds=120) as world:
@@ -163,4 +205,6 @@ if __name__ == "__main__":
         if world.size == 2:
             sampled_twice(world)
             unlike_ranks(world)
+            unusable_media(world)
+            frozen_vision(world)
         main_does(world, lambda: (OUT / "done").write_text("all checks ran\n"))

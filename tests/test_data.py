@@ -1,4 +1,4 @@
-"""data.py: rows, prompts, patches, orders of frames and the loader.
+"""data.py: rows, prompts, patches, orders of frames, decoded samples.
 
 Patches are checked against transformers' image processor and against a slow loop written here.
 """
@@ -784,111 +784,7 @@ def test_patchify_is_transformers_image_processor(height, width):
     np.testing.assert_allclose(pixel_values, theirs["pixel_values"], rtol=0, atol=4e-7)
 
 
-# ---------------------------------------------------------------------------------------- loader
-
-
-@pytest.mark.parametrize("num_samples", [1, 2, 10, 1000])
-def test_sample_order_is_a_permutation_of_seed_and_epoch(num_samples):
-    order = data.sample_order(num_samples, seed=3, epoch=5)
-    assert sorted(order.tolist()) == [*range(num_samples)]
-    np.testing.assert_array_equal(order, data.sample_order(num_samples, seed=3, epoch=5))
-
-
-def test_sample_order_differs_by_seed_and_epoch():
-    orders = {tuple(data.sample_order(50, seed, epoch)) for seed in range(4) for epoch in range(4)}
-    assert len(orders) == 16
-
-
-@pytest.mark.parametrize(
-    ("num_samples", "batch_size", "num_steps"),
-    [
-        pytest.param(64, 8, 24, id="whole steps to an epoch"),
-        pytest.param(19, 8, 19, id="steps cross epochs"),
-        pytest.param(3, 8, 9, id="fewer samples than a step"),
-        pytest.param(1, 8, 2, id="one sample"),
-    ],
-)
-@pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
-def test_each_epoch_holds_every_sample_once(num_samples, batch_size, num_steps, num_ranks):
-    seen = []
-    for step in range(num_steps):
-        ranks = [data.step_indices(num_samples, 1, step, batch_size, rank, num_ranks)
-                 for rank in range(num_ranks)]  # fmt: skip
-        assert {len(indices) for indices in ranks} == {batch_size // num_ranks}
-        assert all(type(index) is int for indices in ranks for index in indices)
-        block = [index for turn in zip(*ranks, strict=True) for index in turn]
-        assert block == data.step_indices(num_samples, 1, step, batch_size, 0, 1)
-        seen += block
-    num_epochs, rest = divmod(len(seen), num_samples)
-    assert num_epochs >= 3
-    assert rest == 0
-    for epoch in range(num_epochs):
-        part = seen[epoch * num_samples : (epoch + 1) * num_samples]
-        assert part == data.sample_order(num_samples, 1, epoch).tolist()
-        assert sorted(part) == [*range(num_samples)]
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    num_samples=st.integers(1, 40), seed=st.integers(0, 9), step=st.integers(0, 30),
-    batch_size=st.sampled_from([8, 16, 24]),
-)  # fmt: skip
-def test_samples_of_a_step_do_not_depend_on_the_number_of_ranks(
-    num_samples, seed, step, batch_size
-):
-    sets = [
-        sorted(itertools.chain.from_iterable(
-            data.step_indices(num_samples, seed, step, batch_size, rank, num_ranks)
-            for rank in range(num_ranks)
-        ))
-        for num_ranks in (1, 2, 4, 8)
-    ]  # fmt: skip
-    assert len(sets[0]) == batch_size
-    assert sets == [sets[0]] * 4
-
-
-def test_batch_must_divide_over_the_ranks():
-    with pytest.raises(AssertionError, match="divide evenly"):
-        data.step_indices(10, 0, 0, 9, 0, 2)
-
-
-@pytest.fixture(scope="module")
-def pool():
-    with data.DecoderPool(num_workers=2, timeout=60) as pool:
-        yield pool
-
-
-def test_load_steps_gives_the_decoded_samples_of_step_indices(toy_folder, pool):
-    samples = data.load_samples(toy_folder / "runs/toy/data/rl.json")[:9]
-    limits = {**LIMITS, "max_frames": 4}
-    kinds = set()
-    for rank in range(2):
-        steps = [*data.load_steps(samples, pool, range(2, 6), 5, 4, rank, 2, limits)]
-        assert len(steps) == 4
-        for step, batch in zip(range(2, 6), steps, strict=True):
-            indices = data.step_indices(len(samples), 5, step, 4, rank, 2)
-            assert [media.sample for media in batch] == [samples[index] for index in indices]
-            for media in batch:
-                if media.sample.is_video:
-                    expected, seconds = data.read_frames(media.sample.path, max_frames=4)
-                    assert expected.shape == (4, 56, 56, 3)
-                else:
-                    expected, seconds = data.read_image(media.sample.path), 0.0
-                np.testing.assert_array_equal(media.frames, expected)
-                assert media.frames.dtype == np.uint8
-                assert media.seconds_between_frames == seconds
-                kinds.add(media.sample.data_type)
-    assert kinds == {"image", "video"}
-
-
-@pytest.mark.parametrize("data_type", ["image", "video"])
-def test_load_steps_names_a_missing_file(toy_folder, pool, tmp_path, data_type):
-    samples = data.load_samples(toy_folder / "runs/toy/data/rl.json")
-    good = next(sample for sample in samples if sample.is_video)
-    bad = replace(good, data_type=data_type, path=str(tmp_path / "nowhere.mp4"))
-    steps = data.load_steps([good, bad], pool, range(1), 0, 2, 0, 1, LIMITS)
-    with pytest.raises(data.MediaError, match=r"nowhere\.mp4"):
-        next(steps)
+# ------------------------------------------------------------------------------- decoded samples
 
 
 def test_media_makes_its_prompt(tokenizer):
@@ -916,29 +812,6 @@ class RecordingPool:
         future = Future()
         future.set_result((path, 0.5))
         return future
-
-
-@pytest.mark.parametrize(
-    ("steps", "steps_ahead", "asked"),
-    [
-        pytest.param(range(5), 2, [3, 4, 5, 5, 5], id="two ahead"),
-        pytest.param(range(3, 6), 1, [2, 3, 3], id="one ahead, from step 3"),
-        pytest.param(range(3), 0, [1, 2, 3], id="none ahead"),
-        pytest.param(range(1), 2, [1], id="fewer steps than ahead"),
-        pytest.param(range(4, 4), 2, [], id="no steps"),
-    ],
-)
-def test_load_steps_decodes_so_many_steps_ahead(steps, steps_ahead, asked):
-    pool = RecordingPool()
-    samples = [make_sample(path=f"{number}.mp4") for number in range(7)]
-    counts, paths = [], []
-    for batch in data.load_steps(samples, pool, steps, 0, 2, 0, 1, LIMITS, steps_ahead):
-        counts.append(len(pool.asked) / 2)
-        paths += [media.frames for media in batch]
-    assert counts == asked
-    assert paths == [
-        f"{index}.mp4" for step in steps for index in data.step_indices(7, 0, step, 2, 0, 1)
-    ]
 
 
 def test_limits_of_images_and_videos_reach_the_decoder():

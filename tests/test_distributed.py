@@ -3,13 +3,18 @@ number of processes; here their metrics are compared."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import ROOT
-from transformers import Qwen2_5_VLForConditionalGeneration
+from ranks import UNUSABLE
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
+
+from model import hub_name
 
 TIMINGS = ("seconds", "tokens_per_second", "peak_memory_gib")
 
@@ -110,6 +115,89 @@ def test_ranks_with_images_alone_and_videos_alone_train_together(runs):
     assert max(lengths["image"]) == 3
     assert max(lengths["video"]) == 12
     assert len(lengths["image"]) == len(lengths["video"]) == 10
+
+
+def test_unusable_files_are_replaced_and_recorded(runs):
+    rows = json.loads((runs(2) / "unusable/rows.json").read_text())
+    bad = {number for number, row in enumerate(rows) if "/unusable/" in row["path"]}
+    assert len(bad) == len(UNUSABLE) == 6
+    reasons = {
+        "garbage.mp4": "not a video", "empty.mp4": "zero bytes", "directory.mp4": "a directory",
+        "fifo.mp4": "a FIFO", "truncated.mp4": "truncated", "none.mp4": "No such file",
+    }  # fmt: skip
+    for stage in ("sft", "rl"):
+        folder = runs(2) / f"unusable-{stage}"
+        skipped = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
+        lines = metrics(folder)
+        assert len(lines) == 6
+        assert [line["skipped"] for line in lines] == [
+            sum(record["step"] == step for record in skipped) for step in range(1, 7)
+        ]
+        # 24 samples are wanted: each bad file is met in the first 24 places or just behind.
+        assert {record["row"] for record in skipped} == bad
+        assert {record["rank"] for record in skipped} == {0, 1}
+        for record in skipped:
+            name = record["path"].rpartition("/")[2]
+            assert rows[record["row"]]["path"].endswith(name)
+            assert reasons[name] in record["reason"]
+    records = (runs(2) / "unusable-rl/rollouts.jsonl").read_text().splitlines()
+    used = [json.loads(line)["row"] for line in records]
+    assert len(used) == 24
+    assert not set(used) & bad
+
+
+def test_a_frozen_vision_tower_stays_and_the_rest_learns(runs, toy_folder):
+    source = load_file(toy_folder / "runs/toy/base/model.safetensors")
+    for stage in ("sft", "rl"):
+        found = load_file(runs(2) / f"frozen-{stage}/model/model.safetensors")
+        assert found.keys() == source.keys()
+        for name, weight in found.items():
+            assert torch.equal(weight, source[name]) is name.startswith("visual."), name
+
+
+@pytest.fixture(scope="module")
+def gigabyte_model(toy_folder, tmp_path_factory):
+    """A model folder of 253 M parameters in float32, in shards with an index."""
+    base, folder = toy_folder / "runs/toy/base", tmp_path_factory.mktemp("large") / "model"
+    shutil.copytree(base, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12,
+               "num_attention_heads": 16, "num_key_value_heads": 4,
+               "vocab_size": 32000}  # fmt: skip
+    config["rope_scaling"]["mrope_section"] = [8, 12, 12]
+    config["vision_config"]["out_hidden_size"] = 1024
+    (folder / "config.json").write_text(json.dumps(config))
+    with torch.device("meta"):
+        shapes = Qwen2_5_VLForConditionalGeneration(AutoConfig.from_pretrained(folder))
+    weight_map, shard = {}, {}
+    for number, (name, parameter) in enumerate(shapes.named_parameters()):
+        shard[hub_name(name)] = torch.full(parameter.shape, float(number))
+        if sum(weight.nbytes for weight in shard.values()) > 2**28:
+            file = f"model-{len(set(weight_map.values())):05d}.safetensors"
+            save_file(shard, folder / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(shard, file)
+            shard = {}
+    save_file(shard, folder / "model-rest.safetensors", metadata={"format": "pt"})
+    weight_map |= dict.fromkeys(shard, "model-rest.safetensors")
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.mark.slow
+def test_loading_takes_a_rank_its_shard_and_a_buffer(gigabyte_model):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4"]
+    done = subprocess.run(
+        [sys.executable, *launcher, ROOT / "tests/loading.py", gigabyte_model],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, timeout=400, capture_output=True,
+    )  # fmt: skip
+    readings = json.loads(done.stdout.splitlines()[-1])
+    print(readings)
+    assert len(readings) == 4
+    assert sum(rank["shard"] for rank in readings) == readings[0]["model"] > 0.9 * 2**30
+    for rank in readings:
+        # Beside the shard: a copy of the rows that are read, the pages they are read from.
+        assert rank["peak"] < rank["shard"] + rank["largest"] / 2 + 32 * 2**20
 
 
 def test_the_exported_model_opens_in_transformers_and_has_moved(runs, toy_folder):

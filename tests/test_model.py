@@ -11,12 +11,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import model as model_module
+from checkpoint import export_model
+from data import UnusableSample
+from distributed import process_group
 from model import (
     enable_checkpointing,
     forbidden_tokens,
     group_logprobs,
     load_model,
+    load_normalisation,
     load_tokenizer,
+    require_room,
     rope_positions,
 )
 
@@ -283,6 +288,113 @@ def lose(weights):
 
 def reshape(weights):
     weights["model.norm.weight"] = torch.zeros(3)
+
+
+def test_a_half_precision_model_in_shards_loads_and_exports_as_it_was(
+    toy_folder, tied_base, tmp_path
+):
+    """As the 3B model lies on disk: tied, bfloat16, an index, the template in a file beside."""
+    source = tmp_path / "source"
+    shutil.copytree(tied_base, source)
+    weights = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    weights = {name: weight.bfloat16() for name, weight in weights.items()}
+    names, weight_map = sorted(weights), {}
+    for number in range(2):
+        file = f"model-0000{number + 1}-of-00002.safetensors"
+        half = {name: weights[name] for name in names[number::2]}
+        save_file(half, source / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(half, file)
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    model = load_model(str(source), CPU)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    plain.shake(model)
+    with process_group() as world:
+        export_model(model, str(source), tmp_path / "model", world)
+    exported = load_file(tmp_path / "model/model.safetensors")
+    assert exported.keys() == weights.keys()
+    assert {weight.dtype for weight in exported.values()} == {torch.bfloat16}
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json",
+                 "preprocessor_config.json", "generation_config.json"):  # fmt: skip
+        assert (tmp_path / "model" / name).read_bytes() == (source / name).read_bytes()
+
+    # from_pretrained gives the log-probabilities of the rounded model.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
+    opened = plain.load_plain(tmp_path / "model")
+    prompts = plain.toy_prompts(toy_folder, load_tokenizer(str(source)), ["video"])
+    ids, mask = responses([[6, 4]])
+    found = group_logprobs(model, prompts, ids, mask)[0]
+    for row, row_ids in enumerate(ids[0]):
+        response = row_ids[mask[0, row]]
+        expected = plain.logprobs(opened, prompts[0], response)
+        torch.testing.assert_close(found[row, : len(response)], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "chat_template.json", "jinja"])
+def test_the_chat_template_is_found_wherever_a_folder_has_it(base, tmp_path, place):
+    shutil.copytree(base, tmp_path / "base")
+    file = tmp_path / "base/tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    template = settings["chat_template"]
+    if place != "tokenizer_config.json":
+        del settings["chat_template"]
+        file.write_text(json.dumps(settings))
+        with pytest.raises(ValueError, match="has no chat template"):
+            load_tokenizer(str(tmp_path / "base"))
+    if place == "chat_template.json":
+        (tmp_path / "base" / place).write_text(json.dumps({"chat_template": template}))
+    if place == "jinja":
+        (tmp_path / "base/chat_template.jinja").write_text(template)
+    assert load_tokenizer(str(tmp_path / "base")).chat_template == template
+
+
+def test_a_prompt_must_fit_into_the_models_positions(toy_folder, tokenizer):
+    (prompt,) = plain.toy_prompts(toy_folder, tokenizer, ["video"], seconds=0.5)
+    length = len(prompt.input_ids)
+
+    def config(positions):
+        text = SimpleNamespace(max_position_embeddings=positions)
+        vision = SimpleNamespace(tokens_per_second=2)
+        return SimpleNamespace(get_text_config=lambda: text, vision_config=vision)
+
+    require_room(prompt, 10, config(length + 10))
+    with pytest.raises(UnusableSample, match=f"{length} tokens and a response of 10 take"):
+        require_room(prompt, 10, config(length + 9))
+    # An hour of video takes more positions than tokens: its last frames stand 3,600 s away.
+    hour = dataclasses.replace(prompt, seconds_per_grid=1200.0)
+    with pytest.raises(UnusableSample):
+        require_room(hour, 10, config(7200))
+    require_room(hour, 10, config(7200 + length))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        pytest.param("preprocessor_config.json", "{}", "needs three numbers as image_mean",
+                     id="no mean"),
+        pytest.param("preprocessor_config.json", "[1]", "holds no object", id="no object"),
+        pytest.param("preprocessor_config.json", "{", "is not JSON", id="no json"),
+    ],
+)  # fmt: skip
+def test_a_bad_preprocessor_config_is_named(base, tmp_path, file, content, words):
+    shutil.copytree(base, tmp_path / "base")
+    (tmp_path / "base" / file).write_text(content)
+    with pytest.raises(ValueError, match=words):
+        load_normalisation(str(tmp_path / "base"))
+
+
+def test_an_index_that_names_a_weight_which_its_file_lacks_is_named(base, tmp_path):
+    shutil.copytree(base, tmp_path / "base")
+    names = load_file(base / "model.safetensors").keys()
+    broken(tmp_path / "base", lose)
+    index = {"weight_map": dict.fromkeys(names, "model.safetensors")}
+    (tmp_path / "base/model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="lacks visual.merger.ln_q.weight, which the index names"):
+        load_model(str(tmp_path / "base"), CPU)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The parts of an RL step on one process: scoring a group, what is sampled, schedules, records."""
 
+import copy
 import json
 from types import SimpleNamespace
 
@@ -9,10 +10,17 @@ import torch
 
 from config import TrainConfig
 from data import Media, decode
-from model import load_model, load_tokenizer
+from model import enable_packing, group_logprobs, load_model, load_tokenizer
 from sampling import Rollout
 from tgrpo import group_advantages
-from train_rl import RLConfig, require_solution, rollout_record, sample_rollouts, score_group
+from train_rl import (
+    RLConfig,
+    make_prompts,
+    require_solution,
+    rollout_record,
+    sample_rollouts,
+    score_group,
+)
 from training import (
     PhaseTimer,
     RunLog,
@@ -21,6 +29,7 @@ from training import (
     load_inputs,
     make_optimizer,
     num_steps,
+    update,
 )
 
 RIGHT = "<think>It goes.</think><answer>B</answer>"  # accuracy 1, format 1
@@ -131,9 +140,12 @@ def media(toy_folder, tokenizer, kinds):
 
 def sample(policy, toy_folder, step=0, **flags):
     tokenizer = load_tokenizer(str(toy_folder / "runs/toy/base"))
-    batch = media(toy_folder, tokenizer, ["video", "image"])
     config = RLConfig(**{"max_new_tokens": 5, "group_size": 3, "shuffled_group_size": 2} | flags)
-    return sample_rollouts(policy, tokenizer, batch, config, step, {})
+    batch = [
+        make_prompts(one, step, tokenizer, config, {})
+        for one in media(toy_folder, tokenizer, ["video", "image"])
+    ]
+    return sample_rollouts(policy, tokenizer, batch, config, step)
 
 
 def test_videos_get_a_shuffled_group_and_images_none(policy, toy_folder):
@@ -197,6 +209,23 @@ def test_matrices_decay_and_vectors_do_not(policy):
     assert all(parameter.ndim >= 2 for parameter in decayed["params"])
     assert all(parameter.ndim == 1 for parameter in rest["params"])
     assert len(decayed["params"]) + len(rest["params"]) == len(list(policy.parameters()))
+
+
+def test_a_frozen_vision_tower_has_neither_gradients_nor_optimizer_state(policy, toy_folder):
+    model = copy.deepcopy(policy)
+    enable_packing(model)  # the copy's methods are bound to the first
+    model.model.visual.requires_grad_(False)
+    optimizer = make_optimizer(model, 1e-3, 0.01)
+    tokenizer = load_tokenizer(str(toy_folder / "runs/toy/base"))
+    prompts = plain.toy_prompts(toy_folder, tokenizer, ["video"])
+    ids = torch.tensor([[[5, 6, 7]]])
+    group_logprobs(model, prompts, ids, torch.ones_like(ids).bool()).sum().backward()
+    assert all(parameter.grad is None for parameter in model.model.visual.parameters())
+    optimizer.step()
+    learning = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    assert {id(parameter) for parameter in optimizer.state} == learning
+    assert len(learning) == len([*model.parameters()]) - len([*model.model.visual.parameters()])
+    update(model, optimizer, 1e-3, 1.0)  # the clip and the step take it as it is
 
 
 def test_a_folder_that_holds_a_run_is_refused(tmp_path):
