@@ -7,6 +7,7 @@ Shapes: F frames, H x W pixels, N patches of 14 x 14 pixels and 2 frames, S prom
 """
 
 import functools
+import gc
 import json
 import os
 from collections.abc import Callable
@@ -116,6 +117,24 @@ def load_samples(path: str | Path, data_root: str | Path | None = None) -> list[
     return samples
 
 
+def _without_collector(function: Callable) -> Callable:
+    """Pause Python's cyclic garbage collector, which walks all rows read so far again and again
+    and finds nothing: a third of the time."""
+
+    @functools.wraps(function)
+    def paused(*args):
+        was_enabled = gc.isenabled()
+        gc.disable()
+        try:
+            return function(*args)
+        finally:
+            if was_enabled:
+                gc.enable()
+
+    return paused
+
+
+@_without_collector
 def check_rows(
     path: str | Path, data_root: str | Path | None = None
 ) -> tuple[list[Sample], list[str]]:
@@ -212,7 +231,7 @@ def _check_row(row: object, number: int, path: Path, find: Callable[[str], Path]
         problem_type=one_of("problem_type", PROBLEM_TYPES),
         options=tuple(options),
         solution=text("solution"),
-        path=str(_resolve(relative, find, where)),
+        path=_resolve(relative, find, where),
         data_source=text("data_source", required=False),
         process=text("process", required=False),
         row=number,
@@ -229,28 +248,27 @@ def _check_text(value: str, what: str) -> str:
     return value
 
 
-def _resolve(relative: str, find: Callable[[str], Path], where: str) -> Path:
-    """A row names a file below the data root; it may not leave it."""
-    inside = Path(relative)
-    if inside.is_absolute() or ".." in inside.parts or "\0" in relative:
+def _resolve(relative: str, find: Callable[[str], str], where: str) -> str:
+    """A row names a file below the data root; it may not leave it. (Without pathlib, which would
+    take half of the time that a file of 263,071 rows takes.)"""
+    parts = [part for part in relative.split("/") if part not in ("", ".")]
+    if relative.startswith("/") or ".." in parts or "\0" in relative:
         raise ValueError(f"{where}: 'path' must stay inside the data root, found {relative!r}")
-    return find(inside.parts[0] if inside.parts else "") / inside
+    return "/".join([find(parts[0] if parts else ""), *parts])
 
 
-def _find_base(root: Path, top: str) -> Path:
+def _find_base(root: Path, top: str) -> str:
     """The folder that paths which begin with `top` are relative to.
 
     It is the root. But rows of the official files begin with Evaluation/ or lie in Video-R1-data/,
     and users give as the root that folder itself, or the one that holds it.
     """
     root = root.absolute()
-    if (root / top).exists():
-        return root
-    if root.name == top:
-        return root.parent
-    if (root / "Video-R1-data" / top).exists():
-        return root / "Video-R1-data"
-    return root
+    if root.name == top and not (root / top).exists():
+        root = root.parent
+    elif not (root / top).exists() and (root / "Video-R1-data" / top).exists():
+        root = root / "Video-R1-data"
+    return str(root)
 
 
 # -------------------------------------------------------------------------------------- prompts
@@ -473,3 +491,10 @@ def submit_decode(pool: DecoderPool, sample: Sample, limits: dict[str, int]):
     return pool.submit(
         "image", sample.path, min_pixels=limits["min_pixels"], max_pixels=limits["image_max_pixels"]
     )
+
+
+if __name__ == "__main__":
+    from check_data import main
+    from distributed import run
+
+    run(main)

@@ -563,11 +563,11 @@ def load_normalisation(name: str) -> dict[str, tuple[float, ...]]:
         raise ValueError(f"--model {name} holds no preprocessor_config.json")
     settings = _read_json(file)
     found = {}
-    for name in ("mean", "std"):
-        values = settings.get(f"image_{name}")
+    for key in ("mean", "std"):
+        values = settings.get(f"image_{key}")
         if not isinstance(values, list) or len(values) != 3:
-            raise ValueError(f"--model {name}: {file} needs three numbers as image_{name}")
-        found[name] = tuple(values)
+            raise ValueError(f"--model {name}: {file} needs three numbers as image_{key}")
+        found[key] = tuple(values)
     return found
 
 

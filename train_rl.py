@@ -21,7 +21,7 @@ import toy
 import train_sft
 from checkpoint import export_model
 from config import TrainConfig, flag, parse_config, require
-from data import DecoderPool, Media, Prompt, Sample
+from data import DecoderPool, Media, Prompt
 from distributed import (
     World,
     gather_to_main,
@@ -34,7 +34,7 @@ from distributed import (
     unsharded,
 )
 from model import PACKED_METHODS, enable_checkpointing, group_logprobs, load_model, require_room
-from rewards import accuracy_reward, check_solution, format_reward
+from rewards import accuracy_reward, format_reward
 from sampling import Rollout, derive_seed, sample_groups
 from tgrpo import (
     add_length_reward,
@@ -52,6 +52,7 @@ from training import (
     make_loader,
     make_optimizer,
     num_steps,
+    require_solution,
     update,
 )
 
@@ -313,15 +314,6 @@ def load_policy_and_reference(config: RLConfig, world: World):
         shard=partial(sharding, trainable=False),
     )  # fmt: skip
     return policy, reference
-
-
-def require_solution(sample: Sample) -> None:
-    """Raise ValueError, naming the row, if no answer can ever match the solution: its reward would
-    always be 0, which looks like a model that fails."""
-    try:
-        check_solution(sample.solution, sample.problem_type)
-    except ValueError as error:
-        raise ValueError(f"row {sample.row} (problem {sample.problem_id}): {error}") from None
 
 
 def cut(batch: list, size: int) -> list[list]:

@@ -18,6 +18,7 @@ from data import DecoderPool, Sample, load_samples, load_template, require_no_vi
 from distributed import World, log, max_over_ranks, peak_memory_gib
 from loader import Loader, Progress
 from model import load_normalisation, load_tokenizer
+from rewards import check_solution
 
 
 def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) -> AdamW:
@@ -88,6 +89,15 @@ def load_inputs(
     template = load_template(config.prompt_template)
     options = {"template": template, **load_normalisation(config.model)}
     return usable, load_tokenizer(config.model), options
+
+
+def require_solution(sample: Sample) -> None:
+    """Raise ValueError, naming the row, if no answer can ever match the solution: its reward would
+    always be 0, which looks like a model that fails."""
+    try:
+        check_solution(sample.solution, sample.problem_type)
+    except ValueError as error:
+        raise ValueError(f"row {sample.row} (problem {sample.problem_id}): {error}") from None
 
 
 def make_loader(

@@ -16,7 +16,6 @@ from tgrpo import group_advantages
 from train_rl import (
     RLConfig,
     make_prompts,
-    require_solution,
     rollout_record,
     sample_rollouts,
     score_group,
@@ -29,6 +28,7 @@ from training import (
     load_inputs,
     make_optimizer,
     num_steps,
+    require_solution,
     update,
 )
 
