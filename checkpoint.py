@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
@@ -160,7 +160,8 @@ class Checkpoints:
         except (OSError, CheckpointException) as error:
             raise ValueError(
                 f"the checkpoint of step {self.pending_step} could not be written to "
-                f"{self.folder}: {_reason(error)}; the earlier ones are whole"
+                f"{self.folder}, which has {_free_gib(self.folder):.1f} GiB left: "
+                f"{_reason(error)}; the earlier ones are whole"
             ) from None
 
     def _prune(self) -> None:
@@ -213,7 +214,16 @@ def _reason(error: Exception) -> str:
     if isinstance(error, CheckpointException):
         rank, failure = next(iter(error.failures.items()))
         return f"rank {rank}: {_reason(failure[0])}"
-    return getattr(error, "strerror", None) or str(error).splitlines()[0]
+    cause: BaseException | None = error
+    while cause is not None:  # torch.save covers the system's error by one of its own
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__context__
+    return str(error).splitlines()[0]
+
+
+def _free_gib(folder: Path) -> float:
+    return shutil.disk_usage(folder).free / 2**30
 
 
 def fingerprint(file: Path) -> dict[str, int]:
@@ -264,22 +274,43 @@ def sync_folder(folder: Path) -> None:
 def export_model(model: nn.Module, source: str, folder: Path, world: World) -> None:
     """Write `folder`: the weights in the types that the source has on disk, and its other files.
 
-    Sharded weights are gathered one at a time; rank 0 writes. The folder appears when it is whole.
+    Sharded weights are gathered one at a time; rank 0 writes. The folder appears when it is whole,
+    in the place of what a shorter run left there.
+
+    Raises:
+        ValueError: it cannot be written.
     """
     source_folder = resolve_folder(source)
     stored = weight_files(source_folder)
     unfinished = folder.with_name(f".{folder.name}-unfinished")
-    writer = _ShardWriter(unfinished, stored) if world.is_main else None
-    for name, parameter in model.named_parameters():
-        whole = parameter.detach()
-        if isinstance(whole, DTensor):
-            whole = whole.full_tensor()  # all ranks take part
+    try:
+        writer = _ShardWriter(unfinished, stored) if world.is_main else None
+        for name, parameter in model.named_parameters():
+            whole = parameter.detach()
+            if isinstance(whole, DTensor):
+                whole = whole.full_tensor()  # all ranks take part
+            if writer:
+                writer.add(name, whole)
         if writer:
-            writer.add(name, whole)
-    if writer:
-        writer.finish()
-        _copy_side_files(source_folder, unfinished)
-    main_does(world, lambda: os.replace(unfinished, folder))
+            writer.finish()
+            _copy_side_files(source_folder, unfinished)
+            _put_in_place(unfinished, folder)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{folder} could not be written to a disk with {_free_gib(folder.parent):.1f} GiB "
+            f"left: {_reason(error)}"
+        ) from None
+    dist.barrier()
+
+
+def _put_in_place(new: Path, folder: Path) -> None:
+    os.sync()
+    old = folder.with_name(f".{folder.name}-old")
+    shutil.rmtree(old, ignore_errors=True)  # of a run that was killed here
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 class _ShardWriter:

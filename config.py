@@ -71,6 +71,14 @@ class TrainConfig(MediaConfig):
     max_grad_norm: float = flag(5.0, "clip of the gradient's norm (App. D)")
     warmup_steps: int = flag(0, "steps over which the learning rate rises, before the cosine")
     activation_checkpointing: bool = flag(True, "recompute each layer in the backward pass")
+    save_every: int = flag(100, "steps between checkpoints; 0: only at the end, or when stopped")
+    keep_last: int = flag(2, "checkpoints to keep, the newest; 0: all")
+    keep_best: str = flag("", "a key of metrics.jsonl whose best checkpoint is kept as well")
+    resume: str = flag("auto", "auto: go on with an unfinished run in --output_dir; never: refuse")
+    allow_changed_config: bool = flag(False, "go on with a run although its settings differ")
+    max_bad_steps: int = flag(5, "steps in a row with gradients that are not finite, at most")
+    timeout: float = flag(1800.0, "seconds that a rank may keep the others waiting")
+    replicas: int = flag(1, "copies of the sharded model (HSDP), as a rule one a node")
 
     def check(self) -> None:
         """Raises ValueError naming the first flag whose value makes no sense."""
@@ -79,6 +87,11 @@ class TrainConfig(MediaConfig):
             require(getattr(self, name) >= 1, f"--{name} must be at least 1")
         for name in ("seed", "max_steps", "warmup_steps", "learning_rate", "weight_decay"):
             require(getattr(self, name) >= 0, f"--{name} must not be negative")
+        for name in ("save_every", "keep_last", "max_bad_steps"):
+            require(getattr(self, name) >= 0, f"--{name} must not be negative")
+        require(self.resume in ("auto", "never"), "--resume takes auto or never")
+        require(self.timeout > 0, "--timeout must be positive")
+        require(self.replicas >= 1, "--replicas must be at least 1")
         require(self.max_grad_norm > 0, "--max_grad_norm must be positive")
         require(0 <= self.max_skipped <= 1, "--max_skipped must lie between 0 and 1")
         require(self.max_steps or self.num_epochs > 0, "--num_epochs must be positive")

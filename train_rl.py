@@ -9,17 +9,16 @@ frames shuffled; score them; add the temporal and the length reward; normalise w
 take the clipped objective with a KL to the frozen reference. Images get plain GRPO.
 """
 
+import math
 import os
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import toy
 import train_sft
-from checkpoint import export_model
 from config import TrainConfig, flag, parse_config, require
 from data import DecoderPool, Media, Prompt
 from distributed import (
@@ -35,6 +34,7 @@ from distributed import (
 )
 from model import PACKED_METHODS, enable_checkpointing, group_logprobs, load_model, require_room
 from rewards import accuracy_reward, format_reward
+from run_folder import RunFolder
 from sampling import Rollout, derive_seed, sample_groups
 from tgrpo import (
     add_length_reward,
@@ -45,8 +45,6 @@ from tgrpo import (
 )
 from training import (
     PhaseTimer,
-    RunLog,
-    claim_folder,
     learning_rate_at,
     load_inputs,
     make_loader,
@@ -214,11 +212,13 @@ def update_policy(
     """Eq. 4 on one step's groups: --num_iterations times forward, backward, clip and step.
 
     Returns this rank's share of loss, kl and clip_fraction (means over the iterations, to be
-    summed over ranks), the gradient's norm, and sums for logp_gap.
+    summed over ranks), the gradient's norm, the number of updates that were not applied, and sums
+    for logp_gap.
     """
     total_prompts = config.batch_size(world.size)
     logps_old: list[Tensor] = []
     metrics = dict.fromkeys(("loss", "kl", "clip_fraction", "gap_sum", "gap_count"), 0.0)
+    metrics["bad_updates"] = 0
     for iteration in range(config.num_iterations):
         for number, groups in enumerate(micro_batches):
             logp = logprobs(policy, groups)  # (P, G, T), with gradient
@@ -240,34 +240,38 @@ def update_policy(
             for name, value in {"loss": loss.detach(), **parts}.items():
                 metrics[name] += float(value) * weight / config.num_iterations
         metrics["grad_norm"] = update(policy, optimizer, learning_rate, config.max_grad_norm)
+        metrics["bad_updates"] += not math.isfinite(metrics["grad_norm"])
     return metrics
 
 
 # ---------------------------------------------------------------------------------------- the loop
 
 
-def train(config: RLConfig, world: World) -> None:
-    """Run T-GRPO and leave config.json, metrics.jsonl, rollouts.jsonl and model/ in the folder."""
-    folder = Path(config.output_dir)
-    claim_folder(folder)
+def train(config: RLConfig, world: World) -> bool:
+    """Run T-GRPO in its output folder (run_folder.py); False: stopped before its end."""
     samples, tokenizer, prompt_options = load_inputs(config, require_solution)
+    total_steps = num_steps(config, len(samples), world)
+    this_run = RunFolder(config, world, "rl")
+    if this_run.is_finished(total_steps):
+        return True
     policy, reference = load_policy_and_reference(config, world)
     optimizer = make_optimizer(policy, config.learning_rate, config.weight_decay)
+    rate_at = partial(learning_rate_at, peak=config.learning_rate, warmup_steps=config.warmup_steps)
+    this_run.restore(policy, optimizer, total_steps, rate_at)
 
     def prepare(media: Media, step: int) -> list[Prompt]:
         prompts = make_prompts(media, step, tokenizer, config, prompt_options)
         require_room(prompts[0], config.max_new_tokens, policy.config)  # the shuffled is as long
         return prompts
 
-    total_steps = num_steps(config, len(samples), world)
     with (
-        RunLog(folder, config, world, total_steps, "rl") as run_log,
+        this_run.open(total_steps),
         DecoderPool(config.num_workers, config.decode_timeout) as pool,
     ):
-        loader = make_loader(config, samples, pool, prepare, world)
-        for step in range(total_steps):
-            timer = PhaseTimer()
-            rate = learning_rate_at(step, total_steps, config.learning_rate, config.warmup_steps)
+        loader = make_loader(config, samples, pool, prepare, this_run.progress, world.rank)
+        for step in range(this_run.start, total_steps):
+            timer = PhaseTimer(world, step)
+            rate = rate_at(step, total_steps)
             with timer("data"):
                 batch = cut(loader.take(config.rank_batch_size, step), config.prompts_per_rank)
             with timer("rollout"), unsharded(policy):
@@ -286,17 +290,11 @@ def train(config: RLConfig, world: World) -> None:
                     policy, optimizer, micro_batches, logps_ref, config, world, rate
                 )
             groups = [group for micro in micro_batches for group in micro]
-            records = gather_to_main([rollout_record(step, group) for group in groups], world)
-            run_log.records("rollouts.jsonl", [record for rank in records or [] for record in rank])
-            skipped = loader.sync()
-            run_log.records("skipped.jsonl", skipped)
-            metrics = step_metrics(step, groups, updated, rate, len(skipped), timer, world)
-            run_log.metrics(metrics)
-            if step == 0:
-                show_first_step(groups, metrics, config, run_log)
-            loader.check_skipped()
-    export_model(policy, config.model, folder / "model", world)
-    log(f"model written to {folder / 'model'}")
+            log_step(step, groups, updated, rate, loader.sync(), timer, this_run)
+            if this_run.end_step(step, loader, policy, optimizer):
+                return False
+        this_run.finish(policy)
+    return True
 
 
 def load_policy_and_reference(config: RLConfig, world: World):
@@ -324,14 +322,31 @@ def cut(batch: list, size: int) -> list[list]:
 # ------------------------------------------------------------------------------------- the record
 
 
-def step_metrics(
+def log_step(
     step: int,
     groups: list[Group],
     updated: dict[str, float],
     rate: float,
-    num_skipped: int,
+    skipped: list[dict],
     timer: PhaseTimer,
-    world: World,
+    this_run: RunFolder,
+) -> None:
+    """What a step leaves in the run's folder: rollouts, unusable samples, metrics."""
+    mine = [rollout_record(step, group) for group in groups]
+    records = gather_to_main(mine, this_run.world)
+    this_run.records("rollouts.jsonl", [record for rank in records or [] for record in rank])
+    this_run.records("skipped.jsonl", skipped)
+    samples = [group.ordered.prompt.sample for group in groups]
+    this_run.count_bad_step(step, updated["bad_updates"], samples)
+    counts = {"skipped": len(skipped), "bad_steps": this_run.num_bad_steps}
+    metrics = step_metrics(step, groups, updated, rate, timer) | counts
+    this_run.metrics(metrics)
+    if step == 0:
+        show_first_step(groups, metrics, this_run)
+
+
+def step_metrics(
+    step: int, groups: list[Group], updated: dict[str, float], rate: float, timer: PhaseTimer
 ) -> dict[str, float | int | None]:
     """One line of metrics.jsonl, over all ranks; the README explains each key."""
     videos = [group for group in groups if group.shuffled is not None]
@@ -381,33 +396,33 @@ def step_metrics(
         "grad_norm": updated["grad_norm"],
         "lr": rate,
         "logp_gap": mean("gap_sum", "gap_count"),
-        "skipped": num_skipped,
-        **timer.metrics(sums["tokens"], world),
+        **timer.metrics(sums["tokens"]),
     }
 
 
-def show_first_step(groups: list[Group], metrics: dict, config: RLConfig, run_log: RunLog) -> None:
+def show_first_step(groups: list[Group], metrics: dict, this_run: RunFolder) -> None:
     """Three of the first responses and their rewards; and in words what makes a run hopeless."""
     group = groups[0]
     sample = group.ordered.prompt.sample
-    run_log.say(f"the first responses, to row {sample.row} (solution {sample.solution!r}):")
+    this_run.say(f"the first responses, to row {sample.row} (solution {sample.solution!r}):")
     for index, text in enumerate(group.ordered.texts[:3]):
-        run_log.say(
+        this_run.say(
             f"  reward {float(group.rewards[index]):.3g} (accuracy "
             f"{float(group.accuracy[index]):.3g}, format {float(group.format[index]):.3g}), "
             f"{int(group.ordered.lengths[index])} tokens: {text!r}"
         )
     if metrics["format"] == 0:
-        run_log.say(
+        this_run.say(
             "warning: no response of the first step has the format <think>..</think> "
             "<answer>..</answer>, so the format reward is 0 everywhere. Is --model the model of "
             "stage 1, and does --prompt_template ask for the tags that it learned?"
         )
     if metrics["clipped_length"] > 0.9:
-        run_log.say(
+        this_run.say(
             f"warning: {100 * metrics['clipped_length']:.0f}% of the first step's responses were "
-            f"cut at --max_new_tokens {config.max_new_tokens}: they end before their answer. Raise "
-            "it, or see whether the model ever writes its end token (rollouts.jsonl)."
+            f"cut at --max_new_tokens {this_run.config.max_new_tokens}: they end before their "
+            "answer. Raise it, or see whether the model ever writes its end token "
+            "(rollouts.jsonl)."
         )
 
 
@@ -437,18 +452,16 @@ def rollout_record(step: int, group: Group) -> dict:
 def main() -> None:
     defaults = toy_defaults(int(os.environ.get("WORLD_SIZE", 1)))
     config, is_toy = parse_config(RLConfig, defaults, REAL_COMMAND)
-    with process_group() as world:
-        config.check()
+    config.check()
+    with process_group(config.timeout, config.replicas) as world:
         if is_toy:
             log(f"the embedded toy (neither --model nor --data given); a real run: {REAL_COMMAND}")
-            claim_folder(Path(config.output_dir))  # before minutes go into the cold start
             main_does(world, toy.ensure_toy)
             if not (toy.SFT / "model").is_dir():
-                cut_off = (toy.SFT / "metrics.jsonl").exists()
-                require(not cut_off, f"{toy.SFT} holds a cold start that was cut off: delete it")
                 log(f"{toy.SFT / 'model'} is not there: the cold start (train_sft.py) comes first")
                 cold_start = train_sft.toy_defaults(world.size) | {"seed": config.seed}
-                train_sft.train(train_sft.SFTConfig(**cold_start), world)
+                if not train_sft.train(train_sft.SFTConfig(**cold_start), world):
+                    return
         train(config, world)
 
 

@@ -8,16 +8,15 @@ The loss is the mean over all response tokens of a step: only the assistant's tu
 runs through the same packed log-probabilities as the RL stage, with groups of one response.
 """
 
+import math
 import os
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import toy
-from checkpoint import export_model
 from config import TrainConfig, flag, parse_config
 from data import DecoderPool, Media, Prompt, require_process, response_ids
 from distributed import World, log, main_does, process_group, run, shard, sum_over_ranks
@@ -29,10 +28,9 @@ from model import (
     pack_groups,
     require_room,
 )
+from run_folder import RunFolder
 from training import (
     PhaseTimer,
-    RunLog,
-    claim_folder,
     learning_rate_at,
     load_inputs,
     make_loader,
@@ -85,11 +83,13 @@ def accumulate_gradients(
     return loss
 
 
-def train(config: SFTConfig, world: World) -> None:
-    """Run the cold start and leave config.json, metrics.jsonl and model/ in the output folder."""
-    folder = Path(config.output_dir)
-    claim_folder(folder)
+def train(config: SFTConfig, world: World) -> bool:
+    """Run the cold start in its output folder (run_folder.py); False: stopped before its end."""
     samples, tokenizer, prompt_options = load_inputs(config, require_process)
+    total_steps = num_steps(config, len(samples), world)
+    this_run = RunFolder(config, world, "sft")
+    if this_run.is_finished(total_steps):
+        return True
     sharding = partial(
         shard, world=world, forward_methods=PACKED_METHODS, freeze_vision=config.freeze_vision
     )
@@ -97,6 +97,8 @@ def train(config: SFTConfig, world: World) -> None:
     if config.activation_checkpointing:
         enable_checkpointing(model)
     optimizer = make_optimizer(model, config.learning_rate, config.weight_decay)
+    rate_at = partial(learning_rate_at, peak=config.learning_rate, warmup_steps=config.warmup_steps)
+    this_run.restore(model, optimizer, total_steps, rate_at)
 
     def prepare(media: Media, step: int) -> tuple[Prompt, Tensor]:
         prompt = media.prompt(tokenizer, **prompt_options)
@@ -104,15 +106,14 @@ def train(config: SFTConfig, world: World) -> None:
         require_room(prompt, len(response), model.config)
         return prompt, response
 
-    total_steps = num_steps(config, len(samples), world)
     with (
-        RunLog(folder, config, world, total_steps, "sft") as run_log,
+        this_run.open(total_steps),
         DecoderPool(config.num_workers, config.decode_timeout) as pool,
     ):
-        loader = make_loader(config, samples, pool, prepare, world)
-        for step in range(total_steps):
-            timer = PhaseTimer()
-            rate = learning_rate_at(step, total_steps, config.learning_rate, config.warmup_steps)
+        loader = make_loader(config, samples, pool, prepare, this_run.progress, world.rank)
+        for step in range(this_run.start, total_steps):
+            timer = PhaseTimer(world, step)
+            rate = rate_at(step, total_steps)
             with timer("data"):
                 batch = loader.take(config.rank_batch_size, step)
             num_tokens = float(sum(len(response) for _, response in batch))
@@ -121,26 +122,30 @@ def train(config: SFTConfig, world: World) -> None:
                 loss = accumulate_gradients(model, batch, num_tokens, config, world)
                 grad_norm = update(model, optimizer, rate, config.max_grad_norm)
             skipped = loader.sync()
-            run_log.records("skipped.jsonl", skipped)
-            run_log.metrics({
+            this_run.records("skipped.jsonl", skipped)
+            is_bad = not math.isfinite(grad_norm)
+            this_run.count_bad_step(step, is_bad, [prompt.sample for prompt, _ in batch])
+            this_run.metrics({
                 "step": step + 1,
                 "loss": sum_over_ranks({"loss": loss})["loss"],
                 "grad_norm": grad_norm,
                 "lr": rate,
                 "tokens": int(num_tokens),
                 "skipped": len(skipped),
-                **timer.metrics(num_tokens, world),
+                "bad_steps": this_run.num_bad_steps,
+                **timer.metrics(num_tokens),
             })  # fmt: skip
-            loader.check_skipped()
-    export_model(model, config.model, folder / "model", world)
-    log(f"model written to {folder / 'model'}")
+            if this_run.end_step(step, loader, model, optimizer):
+                return False
+        this_run.finish(model)
+    return True
 
 
 def main() -> None:
     defaults = toy_defaults(int(os.environ.get("WORLD_SIZE", 1)))
     config, is_toy = parse_config(SFTConfig, defaults, REAL_COMMAND)
-    with process_group() as world:
-        config.check()
+    config.check()
+    with process_group(config.timeout, config.replicas) as world:
         if is_toy:
             log(f"the embedded toy (neither --model nor --data given); a real run: {REAL_COMMAND}")
             main_does(world, toy.ensure_toy)

@@ -1,18 +1,15 @@
-"""What both training stages share: optimizer, schedule, the update, the run's folder and log."""
+"""What both training stages share: optimizer, schedule, the update, inputs, seconds by phase."""
 
-import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.optim import AdamW
-from tqdm import tqdm
 
+from checkpoint import init_optimizer_state
 from config import TrainConfig, require
 from data import DecoderPool, Sample, load_samples, load_template, require_no_vision_tokens
 from distributed import World, log, max_over_ranks, peak_memory_gib
@@ -28,7 +25,9 @@ def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) 
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return AdamW(groups, lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    optimizer = AdamW(groups, lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    init_optimizer_state(optimizer)
+    return optimizer
 
 
 def learning_rate_at(step: int, num_steps: int, peak: float, warmup_steps: int) -> float:
@@ -101,23 +100,33 @@ def require_solution(sample: Sample) -> None:
 
 
 def make_loader(
-    config: TrainConfig, samples: list[Sample], pool: DecoderPool, prepare: Callable, world: World
+    config: TrainConfig,
+    samples: list[Sample],
+    pool: DecoderPool,
+    prepare: Callable,
+    progress: Progress,
+    rank: int,
 ) -> Loader:
-    """This rank's stream of samples, from the beginning."""
+    """A rank's stream of samples from where the run stands."""
     return Loader(
-        samples, pool, prepare, limits=config.limits(), rank=world.rank, seed=config.seed,
-        progress=Progress(counts=(0,) * world.size), max_skipped=config.max_skipped,
+        samples, pool, prepare, limits=config.limits(), progress=progress, rank=rank,
+        seed=config.seed, max_skipped=config.max_skipped,
     )  # fmt: skip
 
 
 class PhaseTimer:
-    """Seconds by phase: `with timer("rollout"): ...`; phases of one name add up."""
+    """Seconds of a step by phase: `with timer("rollout"): ...`; phases of one name add up.
 
-    def __init__(self):
+    Also tells the other ranks where this one is (distributed.Watch).
+    """
+
+    def __init__(self, world: World, step: int):
+        self.world, self.step = world, step
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, phase: str):
+        self.world.watch.at(f"step {self.step + 1}, {phase}")
         start = time.perf_counter()
         yield
         if torch.cuda.is_available():  # else the next phase would be billed for this one's kernels
@@ -125,13 +134,13 @@ class PhaseTimer:
         elapsed = time.perf_counter() - start
         self.seconds[phase] = self.seconds.get(phase, 0.0) + elapsed
 
-    def metrics(self, num_tokens: float, world: World) -> dict[str, float]:
+    def metrics(self, num_tokens: float) -> dict[str, float]:
         """The step and each of its phases at the slowest rank, tokens per second, peak memory.
 
         A rank that waits for another in a collective waits inside the phase that holds it, so the
         phases can add up to more than the step.
         """
-        own = {"memory": peak_memory_gib(world.device), "step": sum(self.seconds.values())}
+        own = {"memory": peak_memory_gib(self.world.device), "step": sum(self.seconds.values())}
         slowest = max_over_ranks(own | self.seconds)
         memory, seconds = slowest.pop("memory"), slowest.pop("step")
         return {
@@ -140,76 +149,3 @@ class PhaseTimer:
             "tokens_per_second": num_tokens / seconds,
             "peak_memory_gib": round(memory, 2),
         }
-
-
-class RunLog:
-    """A run's folder: config.json and the .jsonl files, written by rank 0, which also shows the
-    console line and the progress bar."""
-
-    def __init__(self, folder: Path, config: TrainConfig, world: World, num_steps: int, name: str):
-        self.folder, self.is_main = folder, world.is_main
-        self.files: dict = {}  # name: open file
-        if self.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-            (folder / "config.json").write_text(text, encoding="utf-8")
-            self.bar = tqdm(total=num_steps, desc=name, unit="step", dynamic_ncols=True)
-
-    def metrics(self, metrics: dict[str, float | int | None]) -> None:
-        """One object into metrics.jsonl, the same on the console.
-
-        null stands for what is not defined in a step, or is not finite.
-        """
-        if not self.is_main:
-            return
-        metrics = {key: value if _is_number(value) else None for key, value in metrics.items()}
-        self.records("metrics.jsonl", [metrics])
-        words = [f"{key} {_short(value)}" for key, value in metrics.items()]
-        self.bar.write("  ".join(words))
-        self.bar.update()
-
-    def records(self, name: str, records: list[dict]) -> None:
-        """One line per record into a file of this name, which is there once it has a line."""
-        if not self.is_main or not records:
-            return
-        if name not in self.files:
-            self.files[name] = (self.folder / name).open("a", encoding="utf-8")
-        self.files[name].writelines(json.dumps(record) + "\n" for record in records)
-        self.files[name].flush()
-
-    def say(self, text: str) -> None:
-        """A line on the console, above the progress bar."""
-        if self.is_main:
-            self.bar.write(text)
-
-    def __enter__(self) -> "RunLog":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.is_main:
-            for file in self.files.values():
-                file.close()
-            self.bar.close()  # leaves the bar's line, so that an error starts on its own
-
-
-def _is_number(value: float | int | None) -> bool:
-    return value is not None and math.isfinite(value)
-
-
-def _short(value: float | int | None) -> str:
-    return str(value) if value is None or isinstance(value, int) else f"{value:.4g}"
-
-
-def claim_folder(folder: Path) -> None:
-    """Refuse an output folder that holds a run.
-
-    Raises:
-        ValueError: it does, or it is a file.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output_dir {folder} is not a folder")
-    metrics = folder / "metrics.jsonl"  # empty: the run ended before its first step
-    if metrics.exists() and metrics.stat().st_size:
-        raise ValueError(f"--output_dir {folder} holds a run already: name another, or delete it")
-    if (folder / "model").exists():
-        raise ValueError(f"--output_dir {folder} holds a model/ already: name another folder")

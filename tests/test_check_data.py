@@ -154,7 +154,7 @@ def test_undecodable_files_are_not_known_without_decode(folder, capsys):
 
 
 def test_as_a_process(folder):
-    command = [sys.executable, str(ROOT / "check_data.py"), "rows.json"]
+    command = [sys.executable, str(ROOT / "data.py"), "rows.json"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stdout.startswith("rows.json: 11 rows")

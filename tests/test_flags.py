@@ -480,14 +480,19 @@ def test_an_output_folder_with_a_run_is_left_alone(folder, toy_folder, capsys, m
     (folder / "old/metrics.jsonl").write_text('{"step": 1}\n')
     argv = command_line(folder, {"output_dir": "{}/old", "max_steps": "1"})
     refused(train_rl, argv, ["--output_dir", "old"], capsys, monkeypatch)
-    assert [path.name for path in (folder / "old").iterdir()] == ["metrics.jsonl"]
+    names = {path.name for path in (folder / "old").iterdir()}
+    assert names == {"metrics.jsonl", ".lock"}
+    assert (folder / "old/metrics.jsonl").read_text() == '{"step": 1}\n'
 
 
 def test_an_error_in_the_first_step_has_a_line_of_its_own_and_can_be_mended(
     folder, toy_folder, capfd, monkeypatch
 ):
-    """A clip that is not there shows only when its turn comes, under the progress bar."""
-    write_rows(folder, toy_folder, {"path": "./sft/none.mp4"})
+    """Clips that are not there show only when their turn comes, under the progress bar."""
+    write_rows(folder, toy_folder, {})
+    rows = json.loads((folder / "rows.json").read_text())
+    rows = [row | {"path": "./sft/none.mp4"} for row in rows]
+    (folder / "rows.json").write_text(json.dumps(rows))
     flags = {"max_steps": "1", "max_frames": "2", "prompts_per_rank": "2"}
     monkeypatch.setattr(sys, "argv", ["train_sft.py", *command_line(folder, flags)])
     for _ in range(2):  # the second time the output folder is there already
@@ -497,8 +502,9 @@ def test_an_error_in_the_first_step_has_a_line_of_its_own_and_can_be_mended(
         lines = capfd.readouterr().err.split("\n")
         errors = [line for line in lines if "error: " in line]
         assert len(errors) == 1
-        assert errors[0].startswith("error: ")
-        assert "none.mp4" in errors[0]
+        assert errors[0].startswith("error: 11 of 11 samples could not be used")
+        listed = lines[lines.index(errors[0]) + 1 :][:11]
+        assert all("none.mp4: No such file" in line for line in listed)
 
 
 # -------------------------------------------------------------------------------- real processes

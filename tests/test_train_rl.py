@@ -10,7 +10,9 @@ import torch
 
 from config import TrainConfig
 from data import Media, decode
+from distributed import process_group
 from model import enable_packing, group_logprobs, load_model, load_tokenizer
+from run_folder import RunFolder
 from sampling import Rollout
 from tgrpo import group_advantages
 from train_rl import (
@@ -19,11 +21,10 @@ from train_rl import (
     rollout_record,
     sample_rollouts,
     score_group,
+    show_first_step,
 )
 from training import (
     PhaseTimer,
-    RunLog,
-    claim_folder,
     learning_rate_at,
     load_inputs,
     make_optimizer,
@@ -228,20 +229,11 @@ def test_a_frozen_vision_tower_has_neither_gradients_nor_optimizer_state(policy,
     update(model, optimizer, 1e-3, 1.0)  # the clip and the step take it as it is
 
 
-def test_a_folder_that_holds_a_run_is_refused(tmp_path):
-    claim_folder(tmp_path / "new")
-    claim_folder(tmp_path)
-    (tmp_path / "metrics.jsonl").touch()
-    claim_folder(tmp_path)
-    (tmp_path / "metrics.jsonl").write_text("{}\n")
-    with pytest.raises(ValueError, match="holds a run already"):
-        claim_folder(tmp_path)
-
-
 def test_metrics_are_valid_json_whatever_the_numbers(tmp_path, capsys):
-    world = SimpleNamespace(is_main=True, size=1, rank=0)
-    with RunLog(tmp_path / "run", TrainConfig(), world, 2, "test") as log:
-        log.metrics(
+    config = TrainConfig()
+    config.output_dir = str(tmp_path / "run")
+    with process_group() as world, RunFolder(config, world, "test").open(2) as this_run:
+        this_run.metrics(
             {"step": 1, "loss": float("nan"), "norm": float("inf"), "shuffled": None, "x": 0.5}
         )
 
@@ -249,15 +241,43 @@ def test_metrics_are_valid_json_whatever_the_numbers(tmp_path, capsys):
         raise AssertionError(f"{constant} is not JSON")
 
     line = json.loads((tmp_path / "run/metrics.jsonl").read_text(), parse_constant=refuse)
-    assert line == {"step": 1, "loss": None, "norm": None, "shuffled": None, "x": 0.5}
+    assert line == {
+        "step": 1, "loss": None, "norm": None, "shuffled": None, "x": 0.5, "seconds_save": 0.0
+    }  # fmt: skip
     shown = capsys.readouterr().out
     assert all(key in shown for key in line)
 
 
-def test_phases_of_one_name_add_up():
-    timer = PhaseTimer()
+def test_phases_of_one_name_add_up_and_are_told_to_the_watch():
+    places = []
+    world = SimpleNamespace(watch=SimpleNamespace(at=places.append))
+    timer = PhaseTimer(world, 4)
     for phase in ("data", "update", "data"):
         with timer(phase):
             pass
     assert list(timer.seconds) == ["data", "update"]
     assert all(value >= 0 for value in timer.seconds.values())
+    assert places == ["step 5, data", "step 5, update", "step 5, data"]
+
+
+FIRST_STEPS = {
+    "fine": ([RIGHT, WRONG], {"format": 1.0, "clipped_length": 0.0}, []),
+    "no-format": ([NOTHING, BARE], {"format": 0.0, "clipped_length": 0.5}, ["has the format"]),
+    "cut": ([RIGHT, WRONG], {"format": 0.5, "clipped_length": 0.95}, ["95% of the first step's"]),
+    "nine-tenths": ([RIGHT, WRONG], {"format": 0.5, "clipped_length": 0.9}, []),
+}
+
+
+@pytest.mark.parametrize(("texts", "metrics", "warned"), FIRST_STEPS.values(), ids=FIRST_STEPS)
+def test_the_first_step_is_shown_and_what_makes_a_run_hopeless_is_said(texts, metrics, warned):
+    said = []
+    this_run = SimpleNamespace(say=said.append, config=RLConfig())
+    groups = [score_group(rollout(texts + [RIGHT] * 2), None, RLConfig())]
+    show_first_step(groups, metrics, this_run)
+    shown = [line for line in said if line.startswith("  reward")]
+    assert len(shown) == 3
+    assert all(repr(text) in line for text, line in zip([*texts, RIGHT], shown, strict=True))
+    assert "reward 2 (accuracy 1, format 1), 1 tokens" in shown[2]
+    warnings = [line for line in said if line.startswith("warning")]
+    assert len(warnings) == len(warned)
+    assert all(words in line for words, line in zip(warned, warnings, strict=True))
