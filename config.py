@@ -71,6 +71,9 @@ class TrainConfig(MediaConfig):
     max_grad_norm: float = flag(5.0, "clip of the gradient's norm (App. D)")
     warmup_steps: int = flag(0, "steps over which the learning rate rises, before the cosine")
     activation_checkpointing: bool = flag(True, "recompute each layer in the backward pass")
+    val_data: str = flag("", "data file for validation during training")
+    val_every: int = flag(50, "steps between validations")
+    max_new_tokens: int = flag(768, "length of a validated response at most, in tokens")
     save_every: int = flag(100, "steps between checkpoints; 0: only at the end, or when stopped")
     keep_last: int = flag(2, "checkpoints to keep, the newest; 0: all")
     keep_best: str = flag("", "a key of metrics.jsonl whose best checkpoint is kept as well")
@@ -87,8 +90,14 @@ class TrainConfig(MediaConfig):
             require(getattr(self, name) >= 1, f"--{name} must be at least 1")
         for name in ("seed", "max_steps", "warmup_steps", "learning_rate", "weight_decay"):
             require(getattr(self, name) >= 0, f"--{name} must not be negative")
+        for name in ("val_every", "max_new_tokens"):
+            require(getattr(self, name) >= 1, f"--{name} must be at least 1")
         for name in ("save_every", "keep_last", "max_bad_steps"):
             require(getattr(self, name) >= 0, f"--{name} must not be negative")
+        require(
+            self.val_data or not self.keep_best.startswith("val_"),
+            f"--keep_best {self.keep_best} needs --val_data",
+        )
         require(self.resume in ("auto", "never"), "--resume takes auto or never")
         require(self.timeout > 0, "--timeout must be positive")
         require(self.replicas >= 1, "--replicas must be at least 1")

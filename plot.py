@@ -135,9 +135,6 @@ def load_run(path: Path) -> Run:
         raise ValueError(f"{file} holds no complete step yet")
     if "loss" not in metrics[0]:
         raise ValueError(f"{file} is of no training: its first step has no loss")
-    for record in metrics:
-        pair = record.get("accuracy"), record.get("accuracy_shuffled")
-        record["gap"] = None if None in pair else pair[0] - pair[1]
     beside = file.parent / "validation.jsonl"
     validation = read_records(beside) if beside.exists() else []
     validation = [

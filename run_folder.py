@@ -66,6 +66,7 @@ class RunFolder:
         self.found: tuple[Path, dict] | None = None
         self.num_bad_steps = self.bad_in_a_row = 0
         self.value: float | None = None  # of the metric --keep_best
+        self.validated: dict = {}  # val_.. keys of the present step's metrics
         self.seconds_save = 0.0  # that the step before spent on saving
         main_does(world, self._claim)
         self.checkpoints = Checkpoints(
@@ -228,15 +229,26 @@ class RunFolder:
         elif size > length:
             os.truncate(file, length)
 
+    def history(self) -> list[dict]:
+        """Rank 0: the metrics of the steps before this process began; elsewhere nothing."""
+        file = self.folder / "metrics.jsonl"
+        if not self.world.is_main or not file.exists():
+            return []
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
     def metrics(self, metrics: dict[str, float | int | None]) -> None:
         """One object into metrics.jsonl, the same on the console.
 
         null stands for what is not defined in a step, or is not finite.
         """
-        metrics = metrics | {"seconds_save": self.seconds_save}
+        metrics = metrics | self.validated | {"seconds_save": self.seconds_save}
+        self.validated = {}
         metrics = {key: value if _is_number(value) else None for key, value in metrics.items()}
-        if metrics.get(self.config.keep_best) is not None:
-            self.value = metrics[self.config.keep_best]
+        best = self.config.keep_best
+        if best and not best.startswith("val_"):  # those come with validations alone
+            require(best in metrics, f"--keep_best {best}: metrics have {', '.join(metrics)}")
+        if metrics.get(best) is not None:
+            self.value = metrics[best]
         if self.world.is_main:
             self.records("metrics.jsonl", [metrics])
             self.bar.write("  ".join(f"{key} {_short(value)}" for key, value in metrics.items()))
@@ -254,6 +266,27 @@ class RunFolder:
             self.files[name].flush()
         except OSError as error:
             raise ValueError(f"{self.folder / name} cannot be written: {error.strerror}") from None
+
+    def validate(self, validation, model: nn.Module, step: int) -> None:
+        """Validate after so many steps, where that is due: a line of validation.jsonl, and val_..
+        keys in the step's metrics."""
+        if not validation.is_due(step, self.total_steps):
+            return
+        self.world.watch.at(f"step {step}, validation")
+        found = validation(model)
+        if found is None:
+            return
+        self.records("validation.jsonl", [{"step": step, **found}])
+        keys = ("accuracy", "accuracy_shuffled", "gap")
+        self.validated = {f"val_{key}": found[key] for key in keys}
+        words = [f"{key} {_short(value)}" for key, value in self.validated.items()]
+        self.say(f"validation after step {step}: {'  '.join(words)}")
+
+    def validate_at_start(self, validation, model: nn.Module) -> None:
+        """Validate before the first step of a new run: what the others are compared with."""
+        if self.start == 0:
+            self.validate(validation, model, 0)
+            self.validated = {}
 
     def say(self, text: str) -> None:
         """A line on the console, above the progress bar."""

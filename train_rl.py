@@ -44,6 +44,7 @@ from tgrpo import (
     tgrpo_loss,
 )
 from training import (
+    Alarms,
     PhaseTimer,
     learning_rate_at,
     load_inputs,
@@ -53,6 +54,7 @@ from training import (
     require_solution,
     update,
 )
+from validation import Validation
 
 REAL_COMMAND = (
     "torchrun --nproc_per_node 8 train_rl.py --model runs/sft/model "
@@ -86,7 +88,7 @@ class RLConfig(TrainConfig):
     def check(self) -> None:
         super().check()
         require(self.group_size >= 2, "--group_size must be at least 2: Eq. 3 compares responses")
-        for name in ("shuffled_group_size", "max_new_tokens", "num_iterations"):
+        for name in ("shuffled_group_size", "num_iterations"):
             require(getattr(self, name) >= 1, f"--{name} must be at least 1")
         for name in ("alpha", "omega", "beta", "clip_eps", "l_min"):
             require(getattr(self, name) >= 0, f"--{name} must not be negative")
@@ -269,6 +271,9 @@ def train(config: RLConfig, world: World) -> bool:
         DecoderPool(config.num_workers, config.decode_timeout) as pool,
     ):
         loader = make_loader(config, samples, pool, prepare, this_run.progress, world.rank)
+        validation = Validation(config, world, pool, tokenizer, prompt_options)
+        alarms = Alarms(this_run.history())
+        this_run.validate_at_start(validation, policy)
         for step in range(this_run.start, total_steps):
             timer = PhaseTimer(world, step)
             rate = rate_at(step, total_steps)
@@ -290,7 +295,9 @@ def train(config: RLConfig, world: World) -> bool:
                     policy, optimizer, micro_batches, logps_ref, config, world, rate
                 )
             groups = [group for micro in micro_batches for group in micro]
-            log_step(step, groups, updated, rate, loader.sync(), timer, this_run)
+            with timer("validation"):
+                this_run.validate(validation, policy, step + 1)
+            log_step(step, groups, updated, rate, loader.sync(), timer, this_run, alarms)
             if this_run.end_step(step, loader, policy, optimizer):
                 return False
         this_run.finish(policy)
@@ -330,6 +337,7 @@ def log_step(
     skipped: list[dict],
     timer: PhaseTimer,
     this_run: RunFolder,
+    alarms: Alarms,
 ) -> None:
     """What a step leaves in the run's folder: rollouts, unusable samples, metrics."""
     mine = [rollout_record(step, group) for group in groups]
@@ -343,6 +351,8 @@ def log_step(
     this_run.metrics(metrics)
     if step == 0:
         show_first_step(groups, metrics, this_run)
+    for text in alarms.check(metrics):
+        this_run.say(text)
 
 
 def step_metrics(
@@ -364,6 +374,7 @@ def step_metrics(
         "shuffled_responses": total([torch.ones_like(g.accuracy_shuffled) for g in videos]),
         "reward": total([group.rewards for group in groups]),
         "accuracy": total([group.accuracy for group in groups]),
+        "accuracy_ordered": total([group.accuracy for group in videos]),
         "accuracy_shuffled": total([group.accuracy_shuffled for group in videos]),
         "format": total([group.format for group in groups]),
         "temporal": sum(group.r_t > 0 for group in videos),
@@ -378,11 +389,16 @@ def step_metrics(
     def mean(name: str, count: str) -> float | None:
         return sums[name] / sums[count] if sums[count] else None
 
+    gap = None
+    if sums["videos"]:  # of the same questions: images have no shuffled group
+        gap = mean("accuracy_ordered", "video_responses")
+        gap -= mean("accuracy_shuffled", "shuffled_responses")
     return {
         "step": step + 1,
         "reward": mean("reward", "responses"),
         "accuracy": mean("accuracy", "responses"),
         "accuracy_shuffled": mean("accuracy_shuffled", "shuffled_responses"),
+        "gap": gap,
         "format": mean("format", "responses"),
         "temporal": mean("temporal", "videos"),
         "temporal_earned": mean("temporal_earned", "video_responses"),

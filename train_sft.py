@@ -38,6 +38,7 @@ from training import (
     num_steps,
     update,
 )
+from validation import Validation
 
 REAL_COMMAND = (
     "torchrun --nproc_per_node 8 train_sft.py --model Qwen/Qwen2.5-VL-7B-Instruct "
@@ -58,7 +59,7 @@ def toy_defaults(world_size: int) -> dict:
         "model": str(toy.BASE), "data": str(toy.SFT_DATA), "output_dir": str(toy.SFT),
         "max_steps": 360, "prompts_per_rank": max(1, 32 // world_size), "learning_rate": 1e-3,
         "warmup_steps": 10, "max_grad_norm": 1.0, "max_frames": toy.NUM_FRAMES, "num_workers": 1,
-        "activation_checkpointing": False,
+        "max_new_tokens": 40, "activation_checkpointing": False,
     }  # fmt: skip
 
 
@@ -111,6 +112,8 @@ def train(config: SFTConfig, world: World) -> bool:
         DecoderPool(config.num_workers, config.decode_timeout) as pool,
     ):
         loader = make_loader(config, samples, pool, prepare, this_run.progress, world.rank)
+        validation = Validation(config, world, pool, tokenizer, prompt_options)
+        this_run.validate_at_start(validation, model)
         for step in range(this_run.start, total_steps):
             timer = PhaseTimer(world, step)
             rate = rate_at(step, total_steps)
@@ -121,6 +124,8 @@ def train(config: SFTConfig, world: World) -> bool:
             with timer("update"):
                 loss = accumulate_gradients(model, batch, num_tokens, config, world)
                 grad_norm = update(model, optimizer, rate, config.max_grad_norm)
+            with timer("validation"):
+                this_run.validate(validation, model, step + 1)
             skipped = loader.sync()
             this_run.records("skipped.jsonl", skipped)
             is_bad = not math.isfinite(grad_norm)

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import contextmanager
 
@@ -112,6 +113,53 @@ def make_loader(
         samples, pool, prepare, limits=config.limits(), progress=progress, rank=rank,
         seed=config.seed, max_skipped=config.max_skipped,
     )  # fmt: skip
+
+
+class Alarms:
+    """Says in words, each once, what goes wrong slowly in an RL run.
+
+    Args:
+        history: metrics of earlier steps, of a run that is resumed.
+    """
+
+    RECENT = 20  # steps
+    SHORT, MOST_FLAT, MOST_KL = 1 / 3, 0.5, 1.0  # of the first lengths, share, nats per token
+
+    def __init__(self, history: list[dict] = ()):
+        self.first_lengths: list[float] = []
+        self.recent: deque[dict] = deque(maxlen=self.RECENT)
+        self.said: set[str] = set()
+        for metrics in history:
+            self.check(metrics)
+
+    def check(self, metrics: dict) -> list[str]:
+        """The warnings that a step's metrics, with those before it, give rise to."""
+        self.recent.append(metrics)
+        if len(self.first_lengths) < self.RECENT:
+            self.first_lengths.append(metrics["completion_length"])
+            return []  # nothing to compare with yet
+        length, flat, kl = map(self._mean, ("completion_length", "zero_std", "kl"))
+        first = sum(self.first_lengths) / len(self.first_lengths)
+        where = f"over the last {self.RECENT} steps"
+        texts = {
+            "length": length < self.SHORT * first
+            and f"responses have collapsed to {length:.0f} tokens {where}, from {first:.0f} at "
+            "first: the model stops reasoning. See rollouts.jsonl; a larger --omega or --beta, or "
+            "a smaller --learning_rate holds against it",
+            "flat": flat > self.MOST_FLAT
+            and f"{100 * flat:.0f}% of the groups had no spread of rewards {where}: they teach "
+            "nothing. The questions are too easy or too hard for the model, see accuracy",
+            "kl": kl > self.MOST_KL
+            and f"the KL to the reference was {kl:.2g} nats per token {where}: the policy runs "
+            "away. A smaller --learning_rate or a larger --beta holds it",
+        }
+        new = {name: text for name, text in texts.items() if text and name not in self.said}
+        self.said |= new.keys()
+        return [f"warning: {text}" for text in new.values()]
+
+    def _mean(self, key: str) -> float:
+        values = [metrics[key] for metrics in self.recent if metrics[key] is not None]
+        return sum(values) / len(values) if values else math.nan  # nan compares as false
 
 
 class PhaseTimer:

@@ -20,7 +20,8 @@ def rl_step(step: int, **changes) -> dict:
     """One line of an RL run's metrics.jsonl, values that rise with the step."""
     record = {
         "step": step, "reward": 1.0 + step / 100, "accuracy": 0.5 + step / 100,
-        "accuracy_shuffled": 0.25, "format": 1.0, "temporal": 0.75, "temporal_earned": 0.5,
+        "accuracy_shuffled": 0.25, "gap": 0.25 + step / 100, "format": 1.0, "temporal": 0.75,
+        "temporal_earned": 0.5,
         "length_reward": 0.1, "completion_length": 300.0 + step, "clipped_length": 0.0,
         "zero_std": 0.25, "kl": 0.001 * step, "clip_fraction": 0.0, "loss": 0.01,
         "grad_norm": 1.5, "lr": 1e-6, "logp_gap": 1e-6, "seconds": 10.0, "seconds_data": 1.0,
@@ -151,14 +152,6 @@ def test_a_key_that_is_not_drawn_may_hold_anything(tmp_path):
     assert plot.read_records(tmp_path / "metrics.jsonl")[0]["by_type"] == {"OCR": 1}
 
 
-def test_the_gap_is_ordered_minus_shuffled_where_both_are_there(tmp_path):
-    values = [(0.75, 0.5), (0.25, 0.5), (0.5, None), (None, 0.5)]
-    records = [rl_step(number, accuracy=ordered, accuracy_shuffled=shuffled)
-               for number, (ordered, shuffled) in enumerate(values, start=1)]  # fmt: skip
-    run = plot.load_run(write_run(tmp_path / "rl", records))
-    assert plot.column(run.metrics, "gap") == [0.25, -0.25, None, None]
-
-
 @pytest.mark.parametrize("step, stage", [(rl_step, "RL"), (sft_step, "SFT")], ids=["rl", "sft"])
 def test_a_folder_and_its_file_are_the_same_run(tmp_path, step, stage):
     folder = write_run(tmp_path / "run", [step(1), step(2)])
@@ -283,7 +276,7 @@ def test_panels_of_an_sft_run(tmp_path, with_validation):
 
 
 def test_a_run_without_shuffled_groups_has_no_panel_that_would_be_empty(tmp_path):
-    nothing = {"accuracy_shuffled": None, "temporal": None, "temporal_earned": None}
+    nothing = {"accuracy_shuffled": None, "gap": None, "temporal": None, "temporal_earned": None}
     folder = write_run(tmp_path / "rl", [rl_step(step, **nothing) for step in (1, 2)])
     shown = titles(plot.draw(plot.load_runs([folder]), window=1))
     assert ACCURACY in shown

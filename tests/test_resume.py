@@ -21,13 +21,16 @@ from conftest import ROOT
 from safetensors.torch import load_file
 
 import train_sft
+from answering import AnswerSettings, answer, score_item
 from checkpoint import Checkpoints, check_files, training_state
+from data import DecoderPool, load_samples
 from distributed import process_group
 from loader import Loader
-from model import load_model
+from model import load_model, load_normalisation, load_tokenizer
 from run_folder import RunFolder
 from train_sft import SFTConfig
 from training import make_optimizer
+from validation import summary
 
 STEPS = 6
 
@@ -318,6 +321,70 @@ def test_which_checkpoints_are_kept(tmp_path, keep_last, keep_best, expected):
             checkpoints.save({"step": step, "value": value}, model, optimizer, lambda: None)
         checkpoints.wait()
     assert sorted(os.listdir(tmp_path)) == [f"step_00000{step}" for step in expected]
+
+
+# -------------------------------------------------------------------------------------- validation
+
+
+@pytest.fixture(scope="module")
+def val_data(toy):
+    """Eight rows of the toy's test set, videos and images."""
+    rows = json.loads((toy / "data/test.json").read_text())
+    kinds = [[row for row in rows if row["data_type"] == kind] for kind in ("video", "image")]
+    file = toy / "data/validation.json"
+    file.write_text(json.dumps(kinds[0][:5] + kinds[1][:3]))
+    return file
+
+
+def validation_of(folder):
+    return [json.loads(line) for line in (folder / "validation.jsonl").open()]
+
+
+def test_validation_during_training(toy, val_data, tmp_path):
+    folder = tmp_path / "run"
+    flags = {"val_data": str(val_data), "val_every": 2, "max_new_tokens": 8, "keep_last": 1}
+    flags["max_steps"] = 5
+    run(toy, folder, **flags, keep_best="val_accuracy")
+    records = validation_of(folder)
+    assert [record["step"] for record in records] == [0, 2, 4, 5]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    assert ["val_gap" in line for line in lines] == [False, True, False, True, True]
+    for record in records:
+        assert record["n"] == 8 == sum(kind["n"] for kind in record["by_type"].values())
+    assert lines[4]["val_accuracy"] == records[3]["accuracy"]
+    # The last validation is what the exported model does.
+    model = load_model(str(folder / "model"), torch.device("cpu")).eval()
+    tokenizer = load_tokenizer(str(folder / "model"))
+    options = load_normalisation(str(folder / "model"))
+    settings = AnswerSettings(config(toy, folder).limits(), options, max_new_tokens=8)
+    samples = load_samples(val_data)
+    with DecoderPool(1, 60) as pool:
+        ((_, answers),) = answer(model, tokenizer, [(0, samples)], pool, settings)
+    scores = [score_item(one.rollout.texts[0], one.sample) for one in answers]
+    assert records[3]["accuracy"] == pytest.approx(sum(scores) / 8)
+
+
+def test_validation_goes_on_after_a_kill(toy, val_data, tmp_path):
+    flags = {"val_data": str(val_data), "val_every": 2, "max_new_tokens": 8, "max_steps": 5}
+    run(toy, tmp_path / "whole", **flags)
+    run_killed(toy, tmp_path / "killed", 3, **flags)
+    assert len(validation_of(tmp_path / "killed")) == 2
+    run(toy, tmp_path / "killed", **flags)
+    assert validation_of(tmp_path / "killed") == validation_of(tmp_path / "whole")
+    assert kills.outcome(tmp_path / "killed") == kills.outcome(tmp_path / "whole")
+
+
+def test_the_gap_is_of_the_samples_that_both_orders_have():
+    scores = {"ordered": {0: 1.0, 1: 0.5, 2: 0.0}, "shuffled": {1: 0.25}}
+    assert summary(scores, {0, 1, 2}) == {
+        "accuracy": 0.5, "accuracy_shuffled": 0.25, "gap": 0.25,
+    }  # fmt: skip
+    assert summary(scores, {0}) == {"accuracy": 1.0, "accuracy_shuffled": None, "gap": None}
+
+
+def test_an_unknown_metric_to_keep_the_best_by_is_named(toy, tmp_path):
+    with pytest.raises(ValueError, match="--keep_best los: metrics have step, loss, "):
+        run(toy, tmp_path / "run", keep_best="los")
 
 
 # ------------------------------------------------------------------------------------------ faults

@@ -24,6 +24,7 @@ from train_rl import (
     show_first_step,
 )
 from training import (
+    Alarms,
     PhaseTimer,
     learning_rate_at,
     load_inputs,
@@ -281,3 +282,29 @@ def test_the_first_step_is_shown_and_what_makes_a_run_hopeless_is_said(texts, me
     warnings = [line for line in said if line.startswith("warning")]
     assert len(warnings) == len(warned)
     assert all(words in line for words, line in zip(warned, warnings, strict=True))
+
+
+def metrics_of(length=100.0, zero_std=0.1, kl=0.01):
+    return {"completion_length": length, "zero_std": zero_std, "kl": kl}
+
+
+ALARMS = {
+    "nothing": ([metrics_of()] * 60, []),
+    "length": ([metrics_of()] * 20 + [metrics_of(length=30.0)] * 40, ["collapsed to 30"]),
+    "a-third-is-enough": ([metrics_of()] * 20 + [metrics_of(length=34.0)] * 40, []),
+    "no-spread": ([metrics_of(zero_std=0.6)] * 21, ["60% of the groups"]),
+    "no-spread-at-first": ([metrics_of(zero_std=1.0)] * 8 + [metrics_of()] * 30, []),
+    "kl": ([metrics_of()] * 20 + [metrics_of(kl=3.0)] * 30, ["KL to the reference was 1"]),
+    "undefined": ([metrics_of(kl=None)] * 40, []),
+}
+
+
+@pytest.mark.parametrize(("history", "expected"), ALARMS.values(), ids=ALARMS)
+def test_what_goes_wrong_slowly_is_said_once(history, expected):
+    alarms = Alarms()
+    said = [text for metrics in history for text in alarms.check(metrics)]
+    assert len(said) == len(expected)
+    assert all(text.startswith("warning: ") for text in said)
+    assert all(words in text for words, text in zip(expected, said, strict=True))
+    resumed = Alarms(history)
+    assert resumed.check(history[-1]) == []
