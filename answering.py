@@ -176,9 +176,7 @@ def load_for_answers(name: str, world: World, sharded: bool = False):
     sharding = None
     if sharded:
         log("--sharded_generation: each token gathers all weights from all ranks, which is slow")
-        sharding = partial(
-            shard, world=world, forward_methods=PACKED_METHODS, trainable=False
-        )  # fmt: skip
+        sharding = partial(shard, world=world, forward_methods=PACKED_METHODS, trainable=False)
     return load_model(name, world.device, answer_dtype(world), sharding).eval()
 
 

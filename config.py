@@ -66,6 +66,7 @@ class TrainConfig(MediaConfig):
     max_steps: int = flag(0, "optimizer steps; 0: by --num_epochs")
     prompts_per_rank: int = flag(1, "prompts in one forward and backward pass of a rank")
     gradient_accumulation_steps: int = flag(1, "such passes in one optimizer step")
+    tokens_per_micro_batch: int = flag(0, "tokens in one pass of the update instead; 0: as above")
     learning_rate: float = flag(1e-6, "peak learning rate of AdamW (App. D)")
     weight_decay: float = flag(0.01, "of matrices; not of biases and norms (App. D)")
     max_grad_norm: float = flag(5.0, "clip of the gradient's norm (App. D)")
@@ -92,7 +93,7 @@ class TrainConfig(MediaConfig):
             require(getattr(self, name) >= 0, f"--{name} must not be negative")
         for name in ("val_every", "max_new_tokens"):
             require(getattr(self, name) >= 1, f"--{name} must be at least 1")
-        for name in ("save_every", "keep_last", "max_bad_steps"):
+        for name in ("save_every", "keep_last", "max_bad_steps", "tokens_per_micro_batch"):
             require(getattr(self, name) >= 0, f"--{name} must not be negative")
         require(
             self.val_data or not self.keep_best.startswith("val_"),

@@ -264,10 +264,11 @@ def _find_base(root: Path, top: str) -> str:
     and users give as the root that folder itself, or the one that holds it.
     """
     root = root.absolute()
-    if root.name == top and not (root / top).exists():
-        root = root.parent
-    elif not (root / top).exists() and (root / "Video-R1-data" / top).exists():
-        root = root / "Video-R1-data"
+    if not os.path.exists(root / top):  # False too for a name that is too long
+        if root.name == top:
+            root = root.parent
+        elif os.path.exists(root / "Video-R1-data" / top):
+            root = root / "Video-R1-data"
     return str(root)
 
 

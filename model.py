@@ -74,7 +74,8 @@ def rope_positions(prompt, tokens_per_second: int = 2, merge_size: int = 2) -> T
     vision = torch.stack(grid).flatten(1) + prompt.vision_start  # (3, t * h * w)
     before = torch.arange(prompt.vision_start).expand(3, -1)
     num_after = len(prompt.input_ids) - prompt.vision_start - vision.shape[1]
-    after = (torch.arange(num_after) + vision.max() + 1).expand(3, -1)
+    last = int(vision.max()) if vision.numel() else prompt.vision_start - 1  # plain text has none
+    after = (torch.arange(num_after) + last + 1).expand(3, -1)
     return torch.cat([before, vision, after], dim=1)  # (3, S)
 
 
@@ -119,16 +120,19 @@ class Segment:
 class Pack:
     """The packed row of several groups.
 
-    vision_places: where the placeholders are. sources, targets: for each response token the row's
-    index that predicts it, and its id.
+    vision_places: where the placeholders are. vision_features: the feature of each, since prompts
+    that hold the same pixel_values (the tensor itself, as questions on one clip do) share their
+    features, and pixel_values and grid_thw have them once. sources, targets: for each response
+    token the row's index that predicts it, and its id.
     """
 
     input_ids: Tensor  # int64 (N,)
     positions: Tensor  # int64 (3, N)
     segments: list[Segment]
-    vision_places: Tensor  # int64 (number of merged patches,)
+    vision_places: Tensor  # int64 (placeholders,)
+    vision_features: Tensor  # int64 (placeholders,)
     pixel_values: Tensor  # float32 (patches, 1176)
-    grid_thw: Tensor  # int64 (P, 3)
+    grid_thw: Tensor  # int64 (distinct pixel_values, 3)
     sources: Tensor  # int64 (M,)
     targets: Tensor  # int64 (M,)
 
@@ -151,6 +155,10 @@ def pack_groups(prompts: list, responses: list[list[Tensor]], tokens_per_second:
         ValueError: a prompt's placeholders are not as many as its merged patches; names it.
     """
     ids, positions, segments, places, sources, targets = [], [], [], [], [], []
+    shown = {id(prompt.pixel_values): prompt for prompt in prompts}  # each clip once
+    counts = torch.tensor([prompt.num_vision_tokens for prompt in shown.values()])
+    firsts = dict(zip(shown, (counts.cumsum(0) - counts).tolist(), strict=True))
+    features = []
     start = 0
     for prompt, group in zip(prompts, responses, strict=True):
         _check_placeholders(prompt)
@@ -158,7 +166,9 @@ def pack_groups(prompts: list, responses: list[list[Tensor]], tokens_per_second:
         end = start + len(prompt.input_ids)
         ids.append(prompt.input_ids)
         positions.append(prompt_positions)
-        places.append(start + prompt.vision_start + torch.arange(prompt.num_vision_tokens))
+        tokens = torch.arange(prompt.num_vision_tokens)
+        places.append(start + prompt.vision_start + tokens)
+        features.append(firsts[id(prompt.pixel_values)] + tokens)
         for response in group:
             ids.append(response)
             after = torch.arange(len(response)) + prompt_positions.max() + 1
@@ -177,8 +187,9 @@ def pack_groups(prompts: list, responses: list[list[Tensor]], tokens_per_second:
         positions=torch.cat(positions, dim=1),
         segments=segments,
         vision_places=torch.cat(places),
-        pixel_values=torch.cat([prompt.pixel_values for prompt in prompts]),
-        grid_thw=torch.stack([prompt.grid_thw for prompt in prompts]),
+        vision_features=torch.cat(features),
+        pixel_values=torch.cat([prompt.pixel_values for prompt in shown.values()]),
+        grid_thw=torch.stack([prompt.grid_thw for prompt in shown.values()]),
         sources=torch.cat([none, *sources]),
         targets=torch.cat([none, *targets]),
     )
@@ -198,6 +209,8 @@ def _segment(start: int, length: int, response_lengths: list[int]) -> Segment:
 def _check_placeholders(prompt) -> None:
     """No model trains blind: the run of placeholders is as long as the vision features."""
     start, count = prompt.vision_start, prompt.num_vision_tokens
+    if not count:  # plain text, such as a judge's
+        return
     token = prompt.input_ids[start]
     found = int((prompt.input_ids == token).sum())
     if found != count or not bool((prompt.input_ids[start : start + count] == token).all()):
@@ -282,12 +295,14 @@ def enable_checkpointing(model: Qwen2_5_VLForConditionalGeneration) -> None:
 def _packed_hidden(model, pack: Pack, cache: DynamicCache | None = None) -> Tensor:
     """The last hidden states (N, D) of a packed row: one vision call, one language model call."""
     inner = model.model
-    pixels = pack.pixel_values.to(inner.visual.dtype)
-    learns = any(parameter.requires_grad for parameter in inner.visual.parameters())
-    with torch.set_grad_enabled(learns and torch.is_grad_enabled()):  # --freeze_vision
-        features = inner.visual(pixels, grid_thw=pack.grid_thw).pooler_output  # (tokens, D)
     embeds = inner.get_input_embeddings()(pack.input_ids)  # (N, D)
-    embeds = embeds.index_copy(0, pack.vision_places, features.to(embeds.dtype))
+    if len(pack.pixel_values):  # prompts of plain text have none; then no rank has any
+        pixels = pack.pixel_values.to(inner.visual.dtype)
+        learns = any(parameter.requires_grad for parameter in inner.visual.parameters())
+        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):  # --freeze_vision
+            features = inner.visual(pixels, grid_thw=pack.grid_thw).pooler_output  # (tokens, D)
+        features = features.index_select(0, pack.vision_features)
+        embeds = embeds.index_copy(0, pack.vision_places, features.to(embeds.dtype))
     output = inner.language_model(
         inputs_embeds=embeds[None],
         position_ids=pack.positions[:, None],

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.cache_utils import DynamicLayer
 
 from model import Pack, enable_packing, end_tokens, forbidden_tokens, pack_groups
 
@@ -51,19 +53,26 @@ def derive_seed(*key: int) -> int:
 
 def draw_tokens(
     logits: Tensor, uniforms: Tensor, temperature: float = 1.0, top_p: float = 1.0
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Draw one token per row by inverse transform sampling.
 
     Args:
         logits: float32 (R, V), -inf where a token is forbidden.
         uniforms: float64 (R,), in [0, 1).
         temperature: divides the logits. top_p: keep the most likely tokens, as few as have this
-            probability together (the first one at least); 1 keeps all, and nothing is sorted.
+            probability together (the first one at least). Nothing is sorted where 1 keeps all, or
+            where one token is enough in every row, as in evaluation: sorting Qwen's vocabulary
+            takes longer than the model.
     Returns:
-        int64 (R,).
+        the tokens, int64 (R,), and their log-probabilities before the cut at top_p, float32 (R,).
     """
-    probabilities = (logits / temperature).softmax(-1)  # (R, V)
+    if temperature != 1:  # each pass over Qwen's vocabulary counts
+        logits = logits / temperature
+    softmax = probabilities = logits.softmax(-1)  # (R, V)
     if top_p < 1:
+        top, first = probabilities.max(-1)  # of equals the first, as in the stable sort below
+        if bool((top >= top_p).all()):
+            return first, top.log()
         ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)
         before = ranked.cumsum(-1) - ranked  # probability of all likelier tokens
         ranked = torch.where(before < top_p, ranked, 0.0)
@@ -71,7 +80,8 @@ def draw_tokens(
     cumulative = probabilities.cumsum(-1, dtype=torch.float64)
     # In float64 u * total stays below total, and right=True steps over tokens of probability 0.
     goal = uniforms[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, goal, right=True)[:, 0]
+    tokens = torch.searchsorted(cumulative, goal, right=True)  # (R, 1)
+    return tokens[:, 0], softmax.gather(-1, tokens)[:, 0].log()
 
 
 class Sampler(LogitsProcessor):
@@ -84,13 +94,21 @@ class Sampler(LogitsProcessor):
         self.uniforms, self.forbidden = uniforms, forbidden  # float64 (R, steps), int64 ids
         self.temperature, self.top_p = temperature, top_p
         self.logps: list[Tensor] = []  # (R,) for each step
+        self.choice: Tensor | None = None  # (R, V), 0 at the drawn tokens, -inf elsewhere
+        self.drawn: Tensor | None = None  # int64 (R, 1)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        scores = scores.float().index_fill(-1, self.forbidden, -torch.inf)  # (R, V)
+        # In place: generate makes this float32 copy of the logits for its processors.
+        scores.index_fill_(-1, self.forbidden, -torch.inf)  # (R, V)
         uniforms = self.uniforms[:, len(self.logps)]
-        tokens = draw_tokens(scores, uniforms, self.temperature, self.top_p)[:, None]  # (R, 1)
-        self.logps.append((scores.gather(-1, tokens) - scores.logsumexp(-1, keepdim=True))[:, 0])
-        return torch.full_like(scores, -torch.inf).scatter(-1, tokens, 0.0)
+        tokens, logps = draw_tokens(scores, uniforms, self.temperature, self.top_p)
+        self.logps.append(logps)
+        if self.choice is None:
+            self.choice = torch.full_like(scores, -torch.inf)
+        else:
+            self.choice.scatter_(-1, self.drawn, -torch.inf)
+        self.drawn = tokens[:, None]
+        return self.choice.scatter_(-1, self.drawn, 0.0)
 
 
 @torch.no_grad()
@@ -107,7 +125,8 @@ def sample_groups(
 
     With the defaults the samples come from the policy itself: the softmax of the logits with
     forbidden tokens at -inf. Nothing is taken over from the checkpoint's generation_config but the
-    end tokens. A sharded model must be inside `unsharded`.
+    end tokens. A sharded model is best inside `unsharded`: outside, every token gathers all
+    weights, so every rank must call this at the same time, each with prompts of its own.
 
     Args:
         prompts: list of P Prompts.
@@ -141,8 +160,9 @@ def sample_groups(
             eos_token_id=ends, pad_token_id=ends[0],
         ),
         **{name: value.to(device) for name, value in inputs.items()},
-        past_key_values=expand_cache(cache, pack, group_sizes),
+        past_key_values=expand_cache(cache, pack, group_sizes, max_new_tokens),
         logits_processor=LogitsProcessorList([sampler]),
+        synced_gpus=is_sharded(model),  # no rank stops before the others
     )  # fmt: skip
     ids = ids[:, inputs["input_ids"].shape[1] :].cpu()  # (R, T)
     is_end = torch.isin(ids, torch.tensor(ends))
@@ -154,6 +174,11 @@ def sample_groups(
         Rollout(prompt, *group, decode_texts(tokenizer, group[0], group[1], ends))
         for prompt, *group in zip(prompts, *columns, strict=True)
     ]
+
+
+def is_sharded(model) -> bool:
+    """Whether a rank holds only its part of the weights at this moment."""
+    return isinstance(next(model.model.language_model.layers.parameters()), DTensor)
 
 
 def _generate(model, generation_config: GenerationConfig, **inputs) -> Tensor:
@@ -191,7 +216,37 @@ def batch_rows(pack: Pack, group_sizes: list[int], pad_token: int) -> dict[str, 
     }
 
 
-def expand_cache(cache: DynamicCache, pack: Pack, group_sizes: list[int]) -> DynamicCache:
+class RoomyLayer(DynamicLayer):
+    """A layer's keys and values with room for the tokens to come.
+
+    DynamicLayer copies all it holds for every token, which on a GPU costs a good part of what
+    reading the weights does. Here a token is written into its place.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, length: int):
+        """keys, values: (R, key-value heads, room, size), of which `length` tokens are filled."""
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.room = keys, values
+        self._show(length)
+
+    def _show(self, length: int) -> None:
+        self.keys, self.values = (states[:, :, :length] for states in self.room)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        """Add tokens, (R, key-value heads, new tokens, size) both; returns all, old and new."""
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        assert end <= self.room[0].shape[-2], "more tokens than there is room for"
+        for states, new in zip(self.room, (key_states, value_states), strict=True):
+            states[:, :, start:end] = new
+        self._show(end)
+        return self.keys, self.values
+
+
+def expand_cache(
+    cache: DynamicCache, pack: Pack, group_sizes: list[int], max_new_tokens: int
+) -> DynamicCache:
     """The packed prompts' cache as rows, each prompt repeated for its responses.
 
     The last prompt token is left out: generate runs it as its first step, which gives the logits
@@ -199,16 +254,19 @@ def expand_cache(cache: DynamicCache, pack: Pack, group_sizes: list[int]) -> Dyn
     """
     longest = max(segment.length for segment in pack.segments)
 
-    def rows(states: Tensor) -> Tensor:  # (1, heads, N, size) -> (R, heads, S - 1, size)
-        parts = []
-        for segment, size in zip(pack.segments, group_sizes, strict=True):
-            part = states[:, :, segment.start : segment.start + segment.length - 1]
-            parts.append(pad(part, (0, 0, longest - segment.length, 0)).expand(size, -1, -1, -1))
-        return torch.cat(parts)
+    def rows(states: Tensor) -> Tensor:  # (1, heads, N, size) -> (R, heads, room, size)
+        _, heads, _, size = states.shape
+        filled = states.new_zeros(sum(group_sizes), heads, longest - 1 + max_new_tokens, size)
+        groups = filled.split(group_sizes)
+        for segment, group in zip(pack.segments, groups, strict=True):
+            left = longest - segment.length
+            prompt = states[:, :, segment.start : segment.start + segment.length - 1]
+            group[:, :, left : longest - 1] = prompt
+        return filled
 
     expanded = DynamicCache()
-    for index, layer in enumerate(cache.layers):
-        expanded.update(rows(layer.keys), rows(layer.values), index)
+    for layer in cache.layers:
+        expanded.layers.append(RoomyLayer(rows(layer.keys), rows(layer.values), longest - 1))
     return expanded
 
 

@@ -16,6 +16,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 import toy
 import train_sft
@@ -46,10 +47,12 @@ from tgrpo import (
 from training import (
     Alarms,
     PhaseTimer,
+    cut,
     learning_rate_at,
     load_inputs,
     make_loader,
     make_optimizer,
+    micro_batches,
     num_steps,
     require_solution,
     update,
@@ -127,6 +130,11 @@ class Group:
     rewards: Tensor  # float64, the R_i that Eq. 3 normalises
     advantages: Tensor  # float64
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the packed row of the prompt and its responses."""
+        return len(self.ordered.prompt.input_ids) + int(self.ordered.completion_mask.sum())
+
 
 def make_prompts(
     media: Media, step: int, tokenizer, config: RLConfig, prompt_options: dict
@@ -197,15 +205,21 @@ def logprobs(model, groups: list[Group]) -> Tensor:
 
 
 def completions(groups: list[Group]) -> tuple[Tensor, Tensor]:
-    """Ids int64 and mask bool, (P, G, T) both, of groups that were sampled together."""
-    ids = torch.stack([group.ordered.completion_ids for group in groups])
-    return ids, torch.stack([group.ordered.completion_mask for group in groups])
+    """Ids int64 and mask bool, (P, G, T) both, T that of the longest response."""
+    ids = stack([group.ordered.completion_ids for group in groups])
+    return ids, stack([group.ordered.completion_mask for group in groups])
+
+
+def stack(rows: list[Tensor]) -> Tensor:
+    """Groups of tensors (G, T), each of its own T, as (P, G, T) with zeros on the right."""
+    longest = max(row.shape[1] for row in rows)
+    return torch.stack([pad(row, (0, longest - row.shape[1])) for row in rows])
 
 
 def update_policy(
     policy,
     optimizer: torch.optim.Optimizer,
-    micro_batches: list[list[Group]],
+    batches: list[list[Group]],
     logps_ref: list[Tensor],
     config: RLConfig,
     world: World,
@@ -222,12 +236,12 @@ def update_policy(
     metrics = dict.fromkeys(("loss", "kl", "clip_fraction", "gap_sum", "gap_count"), 0.0)
     metrics["bad_updates"] = 0
     for iteration in range(config.num_iterations):
-        for number, groups in enumerate(micro_batches):
+        for number, groups in enumerate(batches):
             logp = logprobs(policy, groups)  # (P, G, T), with gradient
             mask = completions(groups)[1].to(logp.device)
             if iteration == 0:  # before the first update the policy is the one that sampled
                 logps_old.append(logp.detach())
-                sampled = torch.stack([group.ordered.sampler_logps for group in groups])
+                sampled = stack([group.ordered.sampler_logps for group in groups])
                 metrics["gap_sum"] += float((sampled - logp.detach().cpu()).abs().sum())
                 metrics["gap_count"] += int(mask.sum())
             advantages = torch.stack([group.advantages for group in groups]).to(logp.device)
@@ -284,17 +298,16 @@ def train(config: RLConfig, world: World) -> bool:
                     sample_rollouts(policy, tokenizer, micro, config, step) for micro in batch
                 ]
             with timer("reward"):
-                micro_batches = [
-                    [score_group(ordered, shuffled, config) for ordered, shuffled in micro]
+                groups = [
+                    score_group(ordered, shuffled, config)
                     for micro in rollouts
+                    for ordered, shuffled in micro
                 ]
+                batches = micro_batches(groups, [group.num_tokens for group in groups], config)
             with timer("reference"), torch.no_grad():
-                logps_ref = [logprobs(reference, groups) for groups in micro_batches]
+                logps_ref = [logprobs(reference, batch) for batch in batches]
             with timer("update"):
-                updated = update_policy(
-                    policy, optimizer, micro_batches, logps_ref, config, world, rate
-                )
-            groups = [group for micro in micro_batches for group in micro]
+                updated = update_policy(policy, optimizer, batches, logps_ref, config, world, rate)
             with timer("validation"):
                 this_run.validate(validation, policy, step + 1)
             log_step(step, groups, updated, rate, loader.sync(), timer, this_run, alarms)
@@ -319,11 +332,6 @@ def load_policy_and_reference(config: RLConfig, world: World):
         shard=partial(sharding, trainable=False),
     )  # fmt: skip
     return policy, reference
-
-
-def cut(batch: list, size: int) -> list[list]:
-    """A rank's samples as micro-batches of `size`."""
-    return [batch[start : start + size] for start in range(0, len(batch), size)]
 
 
 # ------------------------------------------------------------------------------------- the record

@@ -35,6 +35,7 @@ from training import (
     load_inputs,
     make_loader,
     make_optimizer,
+    micro_batches,
     num_steps,
     update,
 )
@@ -74,8 +75,9 @@ def accumulate_gradients(
     forbidden = torch.tensor(forbidden_tokens(model.config), device=world.device)
     tokens_per_second = model.config.vision_config.tokens_per_second
     loss = 0.0
-    for cut in range(0, len(batch), config.prompts_per_rank):
-        prompts, responses = zip(*batch[cut : cut + config.prompts_per_rank], strict=True)
+    lengths = [len(prompt.input_ids) + len(response) for prompt, response in batch]
+    for micro_batch in micro_batches(batch, lengths, config):
+        prompts, responses = zip(*micro_batch, strict=True)
         pack = pack_groups(prompts, [[response] for response in responses], tokens_per_second)
         logps = model.packed_logprobs(pack.to(world.device), forbidden)  # (M,)
         part = -logps.sum() / num_tokens

@@ -5,6 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -17,6 +18,8 @@ from distributed import World, log, max_over_ranks, peak_memory_gib
 from loader import Loader, Progress
 from model import load_normalisation, load_tokenizer
 from rewards import check_solution
+
+Item = TypeVar("Item")
 
 
 def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) -> AdamW:
@@ -113,6 +116,40 @@ def make_loader(
         samples, pool, prepare, limits=config.limits(), progress=progress, rank=rank,
         seed=config.seed, max_skipped=config.max_skipped,
     )  # fmt: skip
+
+
+def cut(items: list, size: int) -> list[list]:
+    """A list in parts of `size`, the last one maybe shorter."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def micro_batches(items: list[Item], lengths: list[int], config: TrainConfig) -> list[list[Item]]:
+    """A rank's part of a step as the passes that it is updated in: as many on every rank, since
+    each is a collective.
+
+    Args:
+        items: as many on every rank. lengths: of each, in tokens of its packed row.
+    Returns:
+        by --prompts_per_rank, or by --tokens_per_micro_batch: the longest first, in parts that do
+        not exceed the budget where one item alone does not.
+    """
+    budget = config.tokens_per_micro_batch
+    if not budget:
+        return cut(items, config.prompts_per_rank)
+    parts: list[list[int]] = []
+    used = 0
+    for index in sorted(range(len(items)), key=lambda index: -lengths[index]):
+        if not parts or used + lengths[index] > budget:
+            parts.append([])
+            used = 0
+        parts[-1].append(index)
+        used += lengths[index]
+    most = max_over_ranks({"parts": len(parts)})["parts"]
+    while len(parts) < most:  # another rank needs more passes: there are items enough to split
+        parts.sort(key=len)
+        largest = parts.pop()
+        parts += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
+    return [[items[index] for index in part] for part in parts]
 
 
 class Alarms:

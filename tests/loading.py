@@ -20,7 +20,7 @@ def resident(kind):
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(kind))
 
 
-with process_group(timeout_seconds=120) as world:
+with process_group(timeout=120) as world:
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     model = load_model(

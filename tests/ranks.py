@@ -29,6 +29,7 @@ COMMON = {
     "model": str(toy.BASE), "max_frames": 8, "num_workers": 1, "activation_checkpointing": False,
     "learning_rate": 1e-3, "max_steps": 3,
 }  # fmt: skip
+BUDGET = 150  # tokens: some passes hold one group, some two
 RL = {"group_size": 4, "shuffled_group_size": 2, "max_new_tokens": 12, "l_min": 5, "l_max": 12}
 
 
@@ -59,19 +60,21 @@ def written_rollouts(policy, tokenizer, batch, config, step):
 
 
 def layouts(world_size):
-    """Ways to cut a step of 4 prompts: name and (prompts_per_rank, gradient_accumulation_steps)."""
+    """Ways to cut a step of 4 prompts: name and (prompts_per_rank, gradient_accumulation_steps,
+    tokens_per_micro_batch)."""
     per_rank = 4 // world_size
-    cuts = {"whole": (per_rank, 1)}
+    cuts = {"whole": (per_rank, 1, 0), "budget": (per_rank, 1, BUDGET)}
     if world_size == 1:
-        cuts["accumulated"] = (1, 4)
+        cuts["accumulated"] = (1, 4, 0)
     return cuts.items()
 
 
 def same_losses(world):
     """SFT and RL, on given rollouts, with each way to cut the same steps."""
     sample_rollouts, train_rl.sample_rollouts = train_rl.sample_rollouts, written_rollouts
-    for name, (per_rank, accumulation) in layouts(world.size):
+    for name, (per_rank, accumulation, budget) in layouts(world.size):
         cut = {"prompts_per_rank": per_rank, "gradient_accumulation_steps": accumulation}
+        cut["tokens_per_micro_batch"] = budget
         sft = {"data": str(toy.SFT_DATA), "output_dir": str(OUT / f"sft-{name}")}
         train_sft.train(SFTConfig(**COMMON | cut | sft), world)
         for level, iterations in (("token", 1), ("sequence", 2)):
@@ -199,7 +202,7 @@ def frozen_vision(world):
 
 if __name__ == "__main__":
     die_with_parent()
-    with process_group(timeout_seconds=120) as world:
+    with process_group(timeout=120) as world:
         same_losses(world)
         tied(world)
         if world.size == 2:

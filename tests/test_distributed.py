@@ -54,7 +54,9 @@ def without_timings(folder):
 
 CUTS = {
     "accumulated": (1, "accumulated"),
+    "budget": (1, "budget"),
     "2-processes": (2, "whole"),
+    "2-processes-budget": (2, "budget"),
     "4-processes": (4, "whole"),
 }
 COMPARED = {

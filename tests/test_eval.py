@@ -1,33 +1,41 @@
-"""eval.py: metrics worked out by hand, result files, orders of frames, one and two processes."""
+"""eval.py: metrics worked out by hand, result files, orders of frames, commands, several processes,
+evaluations that are killed."""
 
 import contextlib
 import dataclasses
-import doctest
 import json
 import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import eval_ranks
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 
+import answering
 import eval as evaluation
 from data import Sample, load_samples
-from distributed import process_group, run
-from eval import EvalConfig, evaluate, mean_relative_accuracy, score_item, summarise
+from distributed import process_group
+from eval import (
+    PRESETS,
+    EvalConfig,
+    evaluate,
+    mean_relative_accuracy,
+    parse_command,
+    score_item,
+    summarise,
+)
 from rewards import extract_answer
 from sampling import Rollout
 
 ROOT = Path(__file__).parent.parent
-
-
-def test_the_docstring_examples_hold():
-    result = doctest.testmod(evaluation)
-    assert result.attempted >= 1
-    assert result.failed == 0
 
 
 # --------------------------------------------------------------------------------------- metrics
@@ -216,6 +224,7 @@ def settings(benchmark, toy_folder, tmp_path):
         max_frames=8,
         batch_size=3,
         max_new_tokens=6,
+        num_workers=1,
     )
 
 
@@ -246,7 +255,7 @@ def asked(monkeypatch):
             rollouts.append(Rollout(prompt, mask.long(), mask, ended, mask.float(), [text]))
         return rollouts
 
-    monkeypatch.setattr(evaluation, "sample_groups", answer)
+    monkeypatch.setattr(answering, "sample_groups", answer)
     return batches
 
 
@@ -258,7 +267,7 @@ def evaluate_here(config: EvalConfig, is_toy: bool = False) -> list[dict]:
 def read_results(folder: str | Path) -> tuple[dict[str, str], list[dict], dict]:
     """All files below a results folder by name, the items and the summary of the only benchmark."""
     files = {path.name: path.read_text() for path in Path(folder).rglob("*") if path.is_file()}
-    items = next(text for name, text in files.items() if name.endswith(".jsonl"))
+    items = next(text for name, text in files.items() if name.endswith("ed.jsonl"))
     summary = next(text for name, text in files.items() if name.endswith(".summary.json"))
     return files, [json.loads(line) for line in items.splitlines()], json.loads(summary)
 
@@ -302,6 +311,10 @@ def test_scores_and_result_files(settings, asked):
     assert (written["model"], written["benchmark"]) == (settings.model, "eval_tiny")
     assert written["order"] == "ordered"
     assert written["settings"] == dataclasses.asdict(settings)
+    assert len(written["provenance"]["model_fingerprint"]) == 64
+    assert len(written["provenance"]["data_sha256"]) == 64
+    assert "{question}" in written["provenance"]["template"]
+    assert {"torch", "transformers"} <= set(written["versions"])
     assert (written["n"], written["accuracy"]) == (4, 0.5)  # rows 0, 1, 3, 7
     assert {kind: part["n"] for kind, part in written["by_type"].items()} == {
         "OCR": 1, "free-form": 1, "multiple choice": 3, "numerical": 1, "regression": 1,
@@ -310,6 +323,13 @@ def test_scores_and_result_files(settings, asked):
     assert written["num_items"] == 8
     assert len(written["unusable"]) == 1
     assert "Evaluation/Tiny" in json.dumps(written["unusable"])
+    scores = written["scores"]
+    assert scores["all_items"]["overall"]["benchmark"]["n"] == 8
+    assert scores["all_items"]["overall"]["benchmark"]["score"] == pytest.approx(4.8 / 8)
+    assert scores["decodable_items"]["overall"]["benchmark"]["score"] == pytest.approx(4.8 / 7)
+    # The mean of 4 of 7 others and of the strict MRA, 0.8: 28 for 25 is off by 12%.
+    assert scores["all_items"]["overall"]["paper"]["score"] == pytest.approx((4 / 7 + 0.8) / 2)
+    assert [item["row"] for item in scores["unusable"]["items"]] == [MISSING]
 
 
 def test_decoding_is_what_the_flags_say(settings, asked):
@@ -324,7 +344,7 @@ def test_decoding_is_what_the_flags_say(settings, asked):
 def pixels(config: EvalConfig, asked: list) -> dict[int, torch.Tensor]:
     """What the model is shown, by row: float32 (N, 1176)."""
     asked.clear()
-    evaluate_here(config)
+    evaluate_here(dataclasses.replace(config, overwrite=True))
     prompts = [prompt for prompts, _, _ in asked for prompt in prompts]
     assert all(prompt.order == config.order for prompt in prompts if prompt.is_video)
     return {prompt.sample.row: prompt.pixel_values for prompt in prompts}
@@ -352,7 +372,7 @@ def test_each_order_shows_the_frames_in_that_order(settings, asked):
     for row in (3, 4, 5):  # an image knows no order
         assert all(torch.equal(patches[row], shown["ordered"][row]) for patches in shown.values())
     files, _, _ = read_results(settings.output_dir)
-    assert len(files) == 8, "two files for each order"
+    assert len(files) == 8 + 3, "two files for each order, and three gaps"
 
 
 def test_a_shuffle_depends_on_the_seed_and_the_row_alone(settings, asked):
@@ -364,19 +384,13 @@ def test_a_shuffle_depends_on_the_seed_and_the_row_alone(settings, asked):
     assert any(not torch.equal(first[row], other[row]) for row in (0, 1, 6, 7))
 
 
-def test_two_data_files_of_one_name_do_not_overwrite_each_other(
-    settings, asked, tmp_path, capsys, monkeypatch
-):
+def test_two_data_files_of_one_name_do_not_overwrite_each_other(settings, asked, tmp_path):
     """Both would be written to eval_tiny.ordered.jsonl."""
     twin = tmp_path / "other/eval_tiny.json"
     twin.parent.mkdir()
     shutil.copy(settings.data[0], twin)
-    monkeypatch.setattr(sys, "argv", ["eval.py", *command_line(settings), str(twin)])
-    with pytest.raises(SystemExit):
-        run(evaluation.main)
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert "--data" in error
+    with pytest.raises(ValueError, match="--data"):
+        command(*command_line(settings), str(twin))
     assert asked == []
     assert not Path(settings.output_dir).exists()
 
@@ -391,13 +405,296 @@ def test_several_data_files_give_a_summary_each(settings, asked, tmp_path):
     assert len(files) == 4
 
 
+# --------------------------------------------------------------------------------------- orders
+
+
+def test_several_orders_and_the_gap_between_them(settings, asked, capsys):
+    """The model that is made to speak answers the same to every order: the gap is 0."""
+    both = dataclasses.replace(settings, order="reversed,ordered")
+    summaries = evaluate_here(both)
+    assert [summary["order"] for summary in summaries] == ["reversed", "ordered"]
+    assert [summary["settings"]["order"] for summary in summaries] == ["reversed", "ordered"]
+    (file,) = Path(settings.output_dir).glob("*/eval_tiny.gap.*.json")
+    assert file.name == "eval_tiny.gap.reversed.json"
+    gap = json.loads(file.read_text())
+    assert (gap["model"], gap["order"]) == (settings.model, "reversed")
+    overall = gap["overall"]["benchmark"]
+    assert (overall["n"], overall["difference"]) == (7, 0.0)
+    assert overall["interval"][0] < 0 < overall["interval"][1]
+    assert set(gap["by"]["problem_type"]) == {"OCR", "free-form", "multiple choice", "numerical",
+                                              "regression"}  # fmt: skip
+    assert "eval_tiny: ordered minus reversed frames" in capsys.readouterr().out
+
+
+def test_a_gap_is_found_when_its_second_half_comes_later(settings, asked):
+    evaluate_here(settings)
+    assert not list(Path(settings.output_dir).rglob("*.gap.*"))
+    evaluate_here(dataclasses.replace(settings, order="single"))
+    assert len(list(Path(settings.output_dir).rglob("eval_tiny.gap.single.json"))) == 1
+
+
+def test_no_gap_between_results_of_different_flags(settings, asked):
+    evaluate_here(settings)
+    evaluate_here(dataclasses.replace(settings, order="single", max_frames=4))
+    assert not list(Path(settings.output_dir).rglob("*.gap.*"))
+
+
+# ------------------------------------------------------------------------------ finished results
+
+
+def test_the_same_command_again_prints_what_is_there(settings, asked, capsys):
+    (first,) = evaluate_here(settings)
+    asked.clear()
+    capsys.readouterr()
+    (again,) = evaluate_here(settings)
+    assert asked == []
+    assert again == first
+    printed = capsys.readouterr().out
+    assert "is finished" in printed
+    assert "eval_tiny, ordered frames: accuracy 50.0 over 4 items" in printed
+
+
+@pytest.mark.parametrize(
+    "change, asks_again",
+    [
+        pytest.param({"num_workers": 2}, False, id="flag-that-changes-nothing"),
+        pytest.param({"max_frames": 4}, None, id="flag"),
+        pytest.param({"max_new_tokens": 7}, None, id="length"),
+        pytest.param({"batch_size": 2}, None, id="batch"),
+        pytest.param({"max_frames": 4, "overwrite": True}, True, id="overwrite"),
+    ],
+)
+def test_flags_that_change_results_are_not_mixed(settings, asked, change, asks_again):
+    evaluate_here(settings)
+    asked.clear()
+    changed = dataclasses.replace(settings, **change)
+    if asks_again is None:
+        with pytest.raises(ValueError, match=f"{list(change)[0]} .* and not"):
+            evaluate_here(changed)
+        assert asked == []
+    else:
+        evaluate_here(changed)
+        assert bool(asked) == asks_again
+
+
+def test_a_model_that_was_trained_on_is_evaluated_anew(settings, asked, toy_folder, tmp_path):
+    shutil.copytree(settings.model, tmp_path / "model")
+    mine = dataclasses.replace(settings, model=str(tmp_path / "model"))
+    evaluate_here(mine)
+    weights = load_file(tmp_path / "model/model.safetensors")
+    weights["lm_head.weight"][0, 0] += 1
+    save_file(weights, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
+    asked.clear()
+    evaluate_here(mine)
+    assert len(asked) == 3
+
+
 # --------------------------------------------------------------------------------------- commands
+
+
+def command(*argv: str) -> None:
+    """What `python eval.py ARGV` does, in this process; an error is a ValueError."""
+    before = sys.argv
+    sys.argv = ["eval.py", *map(str, argv)]
+    try:
+        evaluation.main()
+    finally:
+        sys.argv = before
 
 
 def command_line(config: EvalConfig, **changes: str) -> list[str]:
     names = ("model", "data_root", "output_dir", "max_frames", "batch_size", "max_new_tokens")
     values = {name: str(getattr(config, name)) for name in names} | {"data": config.data[0]}
     return [word for name, value in (values | changes).items() for word in (f"--{name}", value)]
+
+
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        pytest.param("", (16, 256 * 784, 0.01, 0.001), id="none"),
+        pytest.param("--preset paper-16", (16, 256 * 784, 0.01, 0.001), id="16"),
+        pytest.param("--preset paper-32", (32, 256 * 784, 0.01, 0.001), id="32"),
+        pytest.param("--preset=paper-64", (64, 256 * 784, 0.01, 0.001), id="64"),
+        pytest.param("--preset paper-32 --max_frames 8", (8, 256 * 784, 0.01, 0.001), id="frames"),
+        pytest.param("--max_pixels 784 --preset paper-64 --top_p 1 --min_pixels 784",
+                     (64, 784, 0.01, 1.0), id="two-flags"),
+    ],
+)  # fmt: skip
+def test_presets(argv, expected, capsys):
+    config, _ = parse_command(["--model", "m", "--data", "d.json", *argv.split()])
+    found = config.max_frames, config.max_pixels, config.temperature, config.top_p
+    assert found == expected
+    printed = capsys.readouterr().out.splitlines()
+    wins = [name for name in ("--max_frames", "--max_pixels", "--top_p") if name in argv]
+    assert [line.split()[0] for line in printed if "wins over" in line] == wins
+
+
+def test_presets_are_the_papers():
+    assert set(PRESETS) == {"paper-16", "paper-32", "paper-64"}
+    with pytest.raises(ValueError, match="--preset.*paper-8"):
+        parse_command(["--model", "m", "--data", "d.json", "--preset", "paper-8"])
+
+
+@pytest.mark.parametrize("where", [".", "Evaluation"])
+def test_benchmarks_are_found_below_the_root(tmp_path, where):
+    folder = tmp_path / where
+    folder.mkdir(exist_ok=True)
+    for name in ("mmvu", "vsibench"):
+        (folder / f"eval_{name}.json").write_text("[]")
+    argv = ["--model", "m", "--benchmarks", "vsibench,mmvu", "--data_root", str(tmp_path)]
+    config, is_toy = parse_command(argv)
+    assert not is_toy
+    assert [Path(path) for path in config.data] == [folder / "eval_vsibench.json",
+                                                    folder / "eval_mmvu.json"]  # fmt: skip
+    with pytest.raises(ValueError, match="mvbench") as caught:
+        parse_command([*argv[:3], "mmvu,mvbench", *argv[4:]])
+    assert str(tmp_path / "eval_mvbench.json") in str(caught.value)
+    assert str(tmp_path / "Evaluation/eval_mvbench.json") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        pytest.param("--benchmarks mmvu --data_root .", "--benchmarks needs --model", id="model"),
+        pytest.param("--model m --benchmarks mmvu", "--data_root", id="no-root"),
+        pytest.param("--model m --benchmarks gqa --data_root .", "'gqa'", id="unknown"),
+        pytest.param("--model m --benchmarks mmvu --data x", "exclude", id="data-and-benchmarks"),
+        pytest.param("--table a --compare b c", "exclude", id="two-modes"),
+        pytest.param("--video x --question q", "--video needs --model", id="clip-without-model"),
+        pytest.param("--model m --video none.mp4 --question q", "--video none.mp4", id="no-clip"),
+        pytest.param("--model m --image . --question q", "--image .", id="folder-as-picture"),
+        pytest.param("--model m --video README.md", "--question", id="no-question"),
+        pytest.param("--model m --vidoe x", "--video?", id="misspelt"),
+        pytest.param("--compare a", "two", id="one-to-compare"),
+        pytest.param("--compare a b", "a does not exist", id="nothing-to-compare"),
+        pytest.param("--compare . README.md", "no <benchmark>", id="no-results"),
+        pytest.param("--table none", "none", id="no-folder"),
+        pytest.param("--table tests", "no summary", id="no-summaries"),
+        pytest.param("--judge m", "results files", id="judge-alone"),
+        pytest.param("--judge m none.jsonl", "none.jsonl", id="judge-nothing"),
+        pytest.param("--model m --data d --order ordered,ordered", "--order", id="order-twice"),
+        pytest.param("--model m --data d --order=ordered,", "--order", id="empty-order"),
+    ],
+)
+def test_a_wrong_command_is_one_line(argv, words, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  the words follow
+        command(*argv.split())
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# ----------------------------------------------------------------------- what results are used for
+
+
+@pytest.fixture
+def two_models(settings, asked, tmp_path, monkeypatch):
+    """Result folders of two models: the second answers one more question right, and wants one."""
+    folders = []
+    for name in ("a", "b"):
+        shutil.copytree(settings.model, tmp_path / name)
+        (tmp_path / name / "extra.json").write_text(json.dumps(name))
+        if name == "b":
+            answers = ["{right}", "{right}", None, "{right}", "28", "Z", "{right}", "{right}"]
+            monkeypatch.setattr(sys.modules[__name__], "ANSWERS", answers)
+        evaluate_here(
+            dataclasses.replace(settings, model=str(tmp_path / name), order="ordered,single")
+        )
+        folders += [path for path in Path(settings.output_dir).iterdir() if path not in folders]
+    return folders
+
+
+def test_compare_two_folders(two_models, capsys):
+    command("--compare", *two_models)
+    printed = capsys.readouterr().out
+    blocks = [block for block in printed.split("\n\n") if "minus" in block]
+    assert len(blocks) == 2  # ordered and single
+    # Rows 1 and 7 are won by b, row 5 lost, of 7 that both could show: 1 - 2 = -1 of 7.
+    assert "benchmark's score  -14.3 [" in printed
+    assert "over 7 items" in printed
+    assert "multiple choice              -66.7 [" in printed
+    assert "OCR                          +100.0 [" in printed
+    assert "they differ in" not in printed
+
+
+def test_compare_two_files_of_two_orders(two_models, capsys):
+    a, b = (next(two_models[0].glob(f"*.{order}.jsonl")) for order in ("ordered", "single"))
+    command("--compare", a, b)
+    printed = capsys.readouterr().out
+    assert "benchmark's score  +0.0 [" in printed
+    assert "they differ in order: 'ordered' and 'single'" in printed
+
+
+def test_results_of_two_data_files_are_not_compared(two_models):
+    file = next(two_models[1].glob("*.ordered.summary.json"))
+    file.write_text(file.read_text().replace('"data_sha256": "', '"data_sha256": "0'))
+    with pytest.raises(ValueError, match="two versions of the data file eval_tiny"):
+        command("--compare", *two_models)
+
+
+def test_compare_wants_one_model_on_a_side(two_models, settings):
+    with pytest.raises(ValueError, match="several models"):
+        command("--compare", settings.output_dir, two_models[0])
+
+
+def test_table_1_from_summaries(settings, asked, tmp_path, capsys):
+    data = tmp_path / "eval_mmvu.json"
+    shutil.copy(settings.data[0], data)
+    rows = json.loads(data.read_text())
+    data.write_text(json.dumps([row for row in rows if row["problem_type"] == "multiple choice"]))
+    evaluate_here(dataclasses.replace(settings, data=[str(data), settings.data[0]]))
+    capsys.readouterr()
+    command("--table", settings.output_dir)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("| Model | Frames | VSI-Bench |")
+    # Of the four questions the first and the last are right, the third cannot be shown.
+    assert lines[2] == f"| {settings.model} | 8 | - | - | 50.0\\* | - | - | - |"
+    assert "1 of 4 items are unusable" in lines[4]
+
+
+def test_one_clip_and_one_picture(settings, benchmark, asked, capsys, monkeypatch):
+    rows = json.loads(Path(settings.data[0]).read_text())
+    clip, picture = (str(benchmark / rows[number]["path"]) for number in (0, 3))
+
+    def reply(model, tokenizer, prompts, keys, *arguments):
+        asked.append(prompts[0])
+        text = "<think>I see.</think> <answer>A</answer>" if prompts[0].is_video else "Four."
+        mask = torch.ones(1, 2, dtype=torch.bool)
+        return [Rollout(prompts[0], mask.long(), mask, ~mask[:, 0], mask.float(), [text])]
+
+    monkeypatch.setattr(evaluation, "sample_groups", reply)
+    shared = ("--model", settings.model, "--max_frames", "4", "--question")
+    command(*shared, "Which way?", "--video", clip, "--options", "A. left", "B. right")
+    assert capsys.readouterr().out == "Reasoning: I see.\n\nAnswer: A\n"
+    dist.is_initialized() and dist.destroy_process_group()
+    command(*shared, "How many?", "--image", picture)
+    assert capsys.readouterr().out.splitlines() == [
+        "The response has no <answer>..</answer>, cut at --max_new_tokens 768:", "Four.",
+    ]  # fmt: skip
+    video, image = asked
+    assert video.sample.problem_type == "multiple choice"
+    assert video.grid_thw.tolist() == [2, 4, 4]
+    assert image.sample.problem_type == "free-form"
+    assert not image.is_video
+
+
+def test_a_clip_that_is_none_is_named(settings, benchmark):
+    garbage = benchmark / "garbage.mp4"
+    garbage.write_bytes(b"not a clip" * 1000)
+    with pytest.raises(ValueError, match="garbage.mp4: not a video"):
+        command("--model", settings.model, "--question", "What?", "--video", garbage)
+
+
+def test_a_judge_reads_the_results(settings, asked, capsys):
+    evaluate_here(settings)
+    file = next(Path(settings.output_dir).rglob("*.ordered.jsonl"))
+    command("--judge", settings.model, file, "--batch_size", "2")
+    assert "temporally grounded responses" in capsys.readouterr().out
+    verdicts = file.with_suffix(".judge.jsonl").read_text().splitlines()
+    assert [json.loads(line)["row"] for line in verdicts] == [0, 1, 6, 7]
+
+
+# ----------------------------------------------------------------------------------- real processes
 
 
 @contextlib.contextmanager
@@ -409,32 +706,120 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def test_one_and_two_processes_write_the_same(settings, tmp_path, capsys, monkeypatch):
-    """The random model answers; the missing clip and the printed table come along."""
-    monkeypatch.setattr(sys, "argv", ["eval.py", *command_line(settings)])
-    with one_thread():
-        run(evaluation.main)
-    table = capsys.readouterr().out
-    assert "eval_tiny, ordered frames: accuracy" in table
-    assert "over 4 items" in table
-    assert "1 items cannot be used" in table
-    one, items, summary = read_results(settings.output_dir)
-    assert [item["score"] is None for item in items] == [row == MISSING for row in range(8)]
-    assert all(item["response"] for item in items if item["row"] != MISSING)
-    assert all(1 <= item["length"] <= 6 for item in items if item["row"] != MISSING)
+@pytest.fixture(scope="module")
+def brief_model(toy_folder, tmp_path_factory):
+    """The toy's random model, made to end its responses after 1 to 24 tokens."""
+    folder = tmp_path_factory.mktemp("brief") / "model"
+    shutil.copytree(toy_folder / "runs/toy/base", folder)
+    weights = load_file(folder / "model.safetensors")
+    end = json.loads((folder / "config.json").read_text())["eos_token_id"]
+    weights["lm_head.weight"][end] *= 2
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
 
-    there = str(tmp_path / "of_two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               "--nproc_per_node", "2", str(ROOT / "eval.py"),
-               *command_line(settings, output_dir=there)]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+@pytest.fixture(scope="module")
+def rows_file(toy_folder, tmp_path_factory):
+    """A function from a number to a data file of so many rows: questions that share clips, a clip
+    that is not there, pictures."""
+
+    def make(count):
+        folder = tmp_path_factory.mktemp("rows")
+        rows = json.loads((toy_folder / "runs/toy/data/test.json").read_text())[:count]
+        clips = [row for row in rows if row["data_type"] == "video"]
+        clips[4]["path"] = clips[9]["path"] = clips[0]["path"]
+        clips[1]["path"] = "./test/none.y4m"
+        (folder / "test").symlink_to(toy_folder / "runs/toy/data/test")
+        (folder / "rows.json").write_text(json.dumps(rows))
+        return str(folder / "rows.json")
+
+    return make
+
+
+def results_below(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).rglob("*.jsonl")}
+
+
+def test_any_number_of_ranks_and_sharded_weights_give_the_same(brief_model, rows_file, tmp_path):
+    """Seven batches on 1, 2 and 4 processes; on 2 also with sharded weights, and a judge."""
+    data = rows_file(19)
+    with one_thread():
+        evaluate_here(eval_ranks.settings(str(tmp_path / "1"), brief_model, data))
+    expected = results_below(tmp_path / "1")
+    items = [json.loads(line) for line in expected["rows.ordered.jsonl"].splitlines()]
+    assert len(items) == 19
+    assert sum(item["error"] is not None for item in items) == 1
+    lengths = {item["length"] for item in items}
+    assert len(lengths) > 5, "ranks stop at different lengths"
+    for count in (2, 4):
+        out = str(tmp_path / str(count))
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+                  str(count), eval_ranks.__file__, "ranks", out, brief_model, data]  # fmt: skip
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        printed = done.stdout.count("ordered frames: accuracy")
+        assert printed == (2 if count == 2 else 1), "rank 0 alone prints"
+        assert results_below(tmp_path / str(count) / "whole") == expected
+    assert results_below(tmp_path / "2/sharded") == expected
+    judged = [tmp_path / f"2/{how}-judge.ordered.judge.jsonl" for how in ("whole", "sharded")]
+    assert judged[0].read_bytes() == judged[1].read_bytes()
+    assert len(judged[0].read_text().splitlines()) > 10
+
+
+def test_an_evaluation_killed_at_random_instants_ends_with_the_same(
+    brief_model, rows_file, tmp_path
+):
+    launch = [sys.executable, eval_ranks.__file__, "kill", str(tmp_path), brief_model,
+              rows_file(60), "3"]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("accuracy") == 1, "rank 0 alone prints the table"
-    two, _, summary_of_two = read_results(there)
-    assert two["eval_tiny.ordered.jsonl"] == one["eval_tiny.ordered.jsonl"]
-    summary["settings"]["output_dir"] = there
-    assert summary_of_two == summary
+    assert done.stdout.count("killed with") == 3
+    assert "goes on where it was" in done.stdout
+    assert_same_results(tmp_path / "killed", tmp_path / "whole")
+
+
+def assert_same_results(found: Path, expected: Path) -> None:
+    """The same files byte for byte, but for the folder's own name in the settings."""
+    found_files, expected_files = (
+        {path.name: path.read_text().replace(str(folder), "") for path in folder.rglob("*.*")}
+        for folder in (found, expected)
+    )
+    assert len(expected_files) == 2
+    assert found_files == expected_files
+
+
+@pytest.mark.slow
+def test_ten_kills_of_torchrun_on_changing_numbers_of_ranks(brief_model, rows_file, tmp_path):
+    data, rng = rows_file(240), random.Random(1)
+
+    def launch(folder: Path, count: int) -> subprocess.Popen:
+        line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+                str(count), str(ROOT / "eval.py"), "--model", brief_model, "--data", data,
+                "--output_dir", str(folder), "--max_frames", "8", "--batch_size", "3",
+                "--max_new_tokens", "24"]  # fmt: skip
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(line, env=environment, start_new_session=True)
+
+    def num_lines() -> int:
+        parts = (tmp_path / "killed").rglob("*.part.jsonl")
+        return sum(part.read_bytes().count(b"\n") for part in parts)
+
+    assert launch(tmp_path / "whole", 2).wait() == 0
+    for _ in range(10):
+        running = launch(tmp_path / "killed", rng.choice((1, 2, 4)))
+        goal = num_lines() + rng.randrange(5)
+        while num_lines() < goal:
+            time.sleep(0.01)
+        time.sleep(rng.random())
+        os.killpg(running.pid, signal.SIGKILL)
+        assert running.wait() == -signal.SIGKILL, "it had come to its end"
+    assert launch(tmp_path / "killed", 2).wait() == 0
+    assert_same_results(tmp_path / "killed", tmp_path / "whole")
+
+
+# --------------------------------------------------------------------------------------------- toy
 
 
 def link_toy(folder: Path, toy_folder: Path, *stages: str) -> None:
@@ -459,15 +844,9 @@ def test_without_models_one_line_says_what_to_run(
 ):
     link_toy(tmp_path, toy_folder, *stages)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["eval.py"])
-    with pytest.raises(SystemExit) as stopped:
-        run(evaluation.main)
-    assert stopped.value.code == 2
-    output = capsys.readouterr()
-    assert len(output.err.splitlines()) == 1
-    assert output.err.startswith("error: ")
-    assert to_run in output.err
-    first_line = output.out.splitlines()[0]
+    with pytest.raises(ValueError, match=to_run):
+        command()
+    first_line = capsys.readouterr().out.splitlines()[0]
     assert "toy" in first_line
     assert evaluation.REAL_COMMAND in first_line
     assert not (tmp_path / "runs/toy/eval").exists()
@@ -480,13 +859,13 @@ def test_the_toys_table_sets_both_models_in_both_orders(toy_folder, tmp_path, ca
     def stand_in(config, world, is_toy):
         assert is_toy
         stage = Path(config.model).parent.name
-        return [{"accuracy": accuracies[stage, config.order], "n": 224}]
+        return [{"accuracy": accuracies[stage, order], "n": 224, "order": order}
+                for order in config.order.split(",")]  # fmt: skip
 
     link_toy(tmp_path, toy_folder, "sft", "rl")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["eval.py"])
     monkeypatch.setattr(evaluation, "evaluate", stand_in)
-    run(evaluation.main)
+    command()
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["SFT", "62.5", "50.0", "+12.5"] in rows
     assert ["RL", "87.5", "25.0", "+62.5"] in rows

@@ -198,7 +198,10 @@ DRAWS = {
 @pytest.mark.parametrize(("u", "settings", "token"), DRAWS.values(), ids=DRAWS)
 def test_draw_tokens_by_hand(u, settings, token):
     uniforms = torch.tensor([u], dtype=torch.float64)
-    assert draw_tokens(LOGITS, uniforms, **settings).tolist() == [token]
+    tokens, logps = draw_tokens(LOGITS, uniforms, **settings)
+    assert tokens.tolist() == [token]
+    expected = (LOGITS / settings.get("temperature", 1.0)).log_softmax(-1)[0, token]
+    torch.testing.assert_close(logps[0], expected)
 
 
 def test_derive_seed_tells_keys_apart():

@@ -29,6 +29,7 @@ from training import (
     learning_rate_at,
     load_inputs,
     make_optimizer,
+    micro_batches,
     num_steps,
     require_solution,
     update,
@@ -308,3 +309,29 @@ def test_what_goes_wrong_slowly_is_said_once(history, expected):
     assert all(words in text for words, text in zip(expected, said, strict=True))
     resumed = Alarms(history)
     assert resumed.check(history[-1]) == []
+
+
+# (lengths, most parts on another rank, expected parts by index), for a budget of 100 tokens
+BUDGETS = {
+    "longest-first": ([30, 90, 40, 20], 0, [[1], [2, 0, 3]]),
+    "one-alone-may-exceed-it": ([150, 20], 0, [[0], [1]]),
+    "all-fit": ([10, 20, 30], 0, [[2, 1, 0]]),
+    "another-rank-needs-more": ([10, 20, 30], 2, [[2], [1, 0]]),
+    "as-many-as-items": ([10, 20, 30], 3, [[2], [1], [0]]),
+}
+
+
+@pytest.mark.parametrize(("lengths", "most", "expected"), BUDGETS.values(), ids=BUDGETS)
+def test_micro_batches_by_tokens(monkeypatch, lengths, most, expected):
+    def other_rank(values):
+        return {name: max(value, most) for name, value in values.items()}
+
+    monkeypatch.setattr("training.max_over_ranks", other_rank)
+    config = TrainConfig(tokens_per_micro_batch=100)
+    parts = micro_batches([*range(len(lengths))], lengths, config)
+    assert sorted(parts) == sorted(expected)
+
+
+def test_micro_batches_by_number():
+    config = TrainConfig(prompts_per_rank=2)
+    assert micro_batches([1, 2, 3, 4], [9, 9, 9, 9], config) == [[1, 2], [3, 4]]

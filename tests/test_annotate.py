@@ -1,0 +1,734 @@
+"""annotate.py: the rules by hand, the best try, the counts, annotations that are killed, and the
+cold start on what is written."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ROOT
+
+import annotate
+import answering
+import results
+from annotate import (
+    RULES,
+    AnnotateConfig,
+    best_try,
+    broken_rule,
+    filter_tries,
+    repeated_share,
+    tries_record,
+)
+from answering import Answer
+from data import DecoderPool, Sample, load_samples, require_no_vision_tokens, response_ids
+from distributed import process_group
+from model import load_model, load_tokenizer
+from sampling import Rollout
+
+CONFIG = AnnotateConfig(min_accuracy=0.6, min_length=10, max_length=50, max_repetition=0.3)
+TOY_RUN = ROOT / "runs/toy"
+
+
+# ---------------------------------------------------------------------------------------- rules
+
+
+@pytest.mark.parametrize(
+    "tokens, length, expected",
+    [
+        pytest.param([1, 2, 3, 1, 2, 4], 2, 1 / 5, id="12-23-31-12-24"),
+        pytest.param([1, 2, 3, 4, 5], 2, 0.0, id="nothing-twice"),
+        pytest.param([7, 7, 7, 7, 7], 2, 3 / 4, id="one-token-again-and-again"),
+        pytest.param([1, 2, 3] * 4, 3, 7 / 10, id="a-loop-of-three"),
+        pytest.param([1, 2, 1, 3, 1, 4], 1, 2 / 6, id="single-tokens"),
+        pytest.param([1, 2, 1], 2, 0.0, id="12-21-are-two"),
+        pytest.param([1, 2], 3, 0.0, id="shorter-than-a-run"),
+        pytest.param([], 2, 0.0, id="nothing"),
+        pytest.param([*range(8), *range(8)], 8, 1 / 9, id="a-sentence-twice"),
+    ],
+)
+def test_repeated_share(tokens, length, expected):
+    assert repeated_share(tokens, length) == pytest.approx(expected)
+
+
+def test_a_run_has_eight_tokens():
+    assert repeated_share([*range(8), *range(8)]) == pytest.approx(1 / 9)
+    assert repeated_share([*range(7), 99, *range(7)]) == 0
+
+
+def made(text="<think>It goes up.</think>\n<answer>A</answer>", **changes):
+    """A try that passes, at every limit of CONFIG, but for the changes."""
+    attempt = {"text": text, "length": 50, "ended": True, "accuracy": 0.6, "repetition": 0.3}
+    return attempt | changes
+
+
+@pytest.mark.parametrize(
+    "attempt, expected",
+    [
+        pytest.param(made(), None, id="at-the-limits"),
+        pytest.param(made(length=10, accuracy=1.0, repetition=0.0), None, id="shortest"),
+        pytest.param(made("  <think>a</think> <answer>A</answer>\n"), None, id="space-around"),
+        pytest.param(made("<think>1 < 2 | 3 > 2</think><answer>A</answer>"), None, id="signs"),
+        pytest.param(made(ended=False), None, id="whole-though-cut"),
+        pytest.param(made("<answer>A</answer>"), "format", id="no-thought"),
+        pytest.param(made("<think>a</think>A"), "format", id="no-answer"),
+        pytest.param(made("<think>a<answer>A</answer>"), "format", id="thought-not-closed"),
+        pytest.param(made("<think>a</think><answer>A"), "format", id="cut"),
+        pytest.param(made("So <think>a</think><answer>A</answer>"), "format", id="words-before"),
+        pytest.param(made("<think>a</think><answer>A</answer>."), "format", id="words-behind"),
+        pytest.param(made("<think></think><answer>A</answer>"), "format", id="empty-thought"),
+        pytest.param(made("<think> \n</think><answer>A</answer>"), "format", id="blank-thought"),
+        pytest.param(
+            made("<think>a<think>b</think><answer>A</answer>"), "format", id="two-thoughts"
+        ),
+        pytest.param(
+            made("<think>a<|im_start|>b</think><answer>A</answer>"), "format", id="control-token"
+        ),
+        pytest.param(
+            made("<think>a <|image_pad|></think><answer>A</answer>"), "format", id="vision-token"
+        ),
+        pytest.param(made(""), "format", id="nothing"),
+        pytest.param(made(accuracy=0.599), "accuracy", id="not-correct-enough"),
+        pytest.param(made(length=9), "length", id="too-short"),
+        pytest.param(made(length=51), "length", id="too-long"),
+        pytest.param(made(repetition=0.301), "repetition", id="repeats-itself"),
+        pytest.param(made("no", accuracy=0, length=1, repetition=1), "format", id="all-four"),
+        pytest.param(made(accuracy=0, length=1, repetition=1), "accuracy", id="all-but-format"),
+        pytest.param(made(length=1, repetition=1), "length", id="length-before-repetition"),
+    ],
+)
+def test_the_rule_that_a_try_breaks(attempt, expected):
+    assert broken_rule(attempt, CONFIG) == expected
+
+
+@pytest.mark.parametrize(
+    "tries, place, broken",
+    [
+        pytest.param([made()], 0, None, id="the-only-one"),
+        pytest.param([made(), made(length=20), made()], 0, None, id="the-first-of-equals"),
+        pytest.param(
+            [made(), made(accuracy=0.9), made(accuracy=0.9, length=9)], 1, None, id="most-correct"
+        ),
+        pytest.param(
+            [made(accuracy=1.0, length=9), made(accuracy=0.7)], 1, None,
+            id="one-that-passes-before-one-more-correct",
+        ),
+        pytest.param([made(""), made(accuracy=0.2)], 1, "accuracy", id="format-alone"),
+        pytest.param(
+            [made(accuracy=0.1), made(accuracy=0.5), made(accuracy=0.5)], 1, "accuracy",
+            id="nearly-correct",
+        ),
+        pytest.param(
+            [made(length=9), made(repetition=0.9), made("", accuracy=1.0)], 1, "repetition",
+            id="furthest-through-the-rules",
+        ),
+        pytest.param(
+            [made("", accuracy=0.0), made("<answer>A</answer>", accuracy=1.0)], 1, "format",
+            id="none-has-the-format",
+        ),
+    ],
+)  # fmt: skip
+def test_the_best_try(tries, place, broken):
+    best, rule = best_try(tries, CONFIG)
+    assert best is tries[place]
+    assert rule == broken
+
+
+def row_of(number, *tries, problem_type="OCR", error=None):
+    return {"row": number, "problem_id": 10 + number, "problem_type": problem_type,
+            "error": error, "tries": list(tries)}  # fmt: skip
+
+
+def test_counts_by_hand():
+    """Nine rows; of several tries the best one counts, once."""
+    records = [
+        row_of(0, made(""), made("<think>b</think><answer>A</answer>"), made()),
+        row_of(1, made(accuracy=0.1), made(""), problem_type="regression"),
+        row_of(2, made(""), made("")),
+        row_of(3, error="x.png: No such file"),
+        row_of(4, made(length=51), problem_type="regression"),
+        row_of(5, made(repetition=0.5), made(length=9)),
+        row_of(6, made(accuracy=0.0)),
+        row_of(7, made(), made(accuracy=0.0), problem_type="numerical"),
+        row_of(8, made(length=9)),
+    ]
+    rows = {number: {"n": number, "process": "old", "solution": "s"} for number in range(9)}
+    kept, report = filter_tries(rows, records, CONFIG)
+    assert kept == [
+        {"n": 0, "process": "<think>b</think>", "solution": "s"},
+        {"n": 7, "process": "<think>It goes up.</think>", "solution": "s"},
+    ]
+    assert rows[0]["process"] == "old", "the input is left as it is"
+    assert report == {
+        "rows": 9, "kept": 2, "unusable": 1,
+        "dropped": {"format": 1, "accuracy": 2, "length": 2, "repetition": 1},
+        "by_type": {
+            "OCR": {"rows": 6, "kept": 1, "unusable": 1,
+                    "dropped": {"format": 1, "accuracy": 1, "length": 1, "repetition": 1}},
+            "numerical": {"rows": 1, "kept": 1, "unusable": 0,
+                          "dropped": {"format": 0, "accuracy": 0, "length": 0, "repetition": 0}},
+            "regression": {"rows": 2, "kept": 0, "unusable": 0,
+                           "dropped": {"format": 0, "accuracy": 1, "length": 1, "repetition": 0}},
+        },
+        "unusable_rows": [{"row": 3, "problem_id": 13, "error": "x.png: No such file"}],
+    }  # fmt: skip
+
+
+def test_a_record_by_hand():
+    """Two tries, the second with four tokens of seven: the padding behind them does not count."""
+    sample = Sample(
+        problem_id="p", problem="?", data_type="image", problem_type="regression", options=(),
+        solution="<answer>10</answer>", path="x.png", data_source="", process="", row=4,
+    )  # fmt: skip
+    ids = torch.tensor([[5] * 20, [1, 2, 3, 4] + [0] * 16])
+    mask = torch.arange(20) < torch.tensor([[20], [4]])
+    texts = ["<think>a</think><answer>9</answer>", "<answer>7"]
+    rollout = Rollout(None, ids, mask, torch.tensor([True, False]), mask.float(), texts)
+    assert tries_record(Answer(sample, rollout)) == {
+        "row": 4, "problem_id": "p", "problem_type": "regression", "error": None,
+        "tries": [
+            # 13 runs of 8 tokens, all the same.
+            {"text": texts[0], "length": 20, "ended": True, "accuracy": 0.9,
+             "repetition": pytest.approx(12 / 13)},
+            {"text": texts[1], "length": 4, "ended": False, "accuracy": 0.0, "repetition": 0.0},
+        ],
+    }  # fmt: skip
+    lost = tries_record(Answer(sample, None, "gone"))
+    assert (lost["error"], lost["tries"]) == ("gone", [])
+
+
+# ---------------------------------------------------------------------------- a file of seven rows
+
+MISSING = 2  # the row whose clip is not there
+GOOD, WRONG = "<think>It is {right}.</think>\n<answer>{right}</answer>", "<answer>?</answer>"
+# Two tries of each row: what is said, and in how many tokens.
+SAID = [
+    [(WRONG, 20), (GOOD, 20)],
+    [("<think>I guess.</think><answer>Z</answer>", 20), (WRONG, 20)],
+    None,
+    [(GOOD, 20), ("<think>Again.</think> <answer>{right}</answer>", 20)],
+    [(GOOD, 51), (GOOD, 9)],
+    [("<think>“é”\u2028</think><answer>{right}</answer>", 30), (GOOD, 20)],
+    [(WRONG, 3), (WRONG, 60)],
+]
+KEPT = {0: "It is {right}.", 3: "It is {right}.", 5: "“é”\u2028"}
+
+
+def right(row):
+    return row["solution"].removeprefix("<answer>").removesuffix("</answer>")
+
+
+@pytest.fixture(scope="module")
+def rows_folder(toy_folder, tmp_path_factory):
+    """A folder with rl.json and the files that its rows name; the first and the fourth ask about
+    one clip, so that they share a batch."""
+    folder, rows = tmp_path_factory.mktemp("rows"), []
+    toys = toy_folder / "runs/toy/data"
+    left = json.loads((toys / "rl.json").read_text())
+    for kind in ("direction", "colour", "describe", "direction", "count", "word", "width"):
+        row = next(row for row in left if row["data_source"] == f"toy/{kind}")
+        left.remove(row)
+        rows.append(row)
+    rows[3]["path"] = rows[0]["path"]
+    rows[MISSING]["path"] = "./rl/none.y4m"
+    rows[0] |= {"problem_id": "ü", "problem_type": "Multiple Choice", "difficulty": [1, None]}
+    rows[4]["solution"] = right(rows[4])  # without tags
+    del rows[5]["process"], rows[5]["options"]
+    (folder / "rl").symlink_to(toys / "rl")
+    (folder / "rl.json").write_text(json.dumps(rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(toy_folder):
+    return str(toy_folder / "runs/toy/base")
+
+
+@pytest.fixture(scope="module")
+def model(base):
+    return load_model(base, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with DecoderPool(1, 60) as pool:
+        yield pool
+
+
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches SIGKILL."""
+
+
+@pytest.fixture
+def teacher(model, pool, monkeypatch):
+    """A teacher that says SAID; the rows that it was asked, batch by batch. `teacher.stop_after`
+    batches it is killed."""
+
+    class Asked(list):
+        stop_after = None
+
+    def say(model, tokenizer, prompts, keys, *_):
+        if asked.stop_after is not None and len(asked) == asked.stop_after:
+            raise Killed
+        asked.append([prompt.sample.row for prompt in prompts])
+        rollouts = []
+        for prompt, those in zip(prompts, keys, strict=True):
+            said = SAID[prompt.sample.row]
+            assert len(those) == len(said)
+            lengths = torch.tensor([length for _, length in said])
+            ids = torch.arange(60).expand(len(said), -1)
+            mask = ids < lengths[:, None]
+            word = right({"solution": prompt.sample.solution})
+            texts = [text.replace("{right}", word) for text, _ in said]
+            rollouts.append(Rollout(prompt, ids, mask, lengths < 60, mask.float(), texts))
+        return rollouts
+
+    asked = Asked()
+    monkeypatch.setattr(answering, "sample_groups", say)
+    monkeypatch.setattr(annotate, "load_for_answers", lambda *_: model)
+    monkeypatch.setattr(annotate, "DecoderPool", lambda *_: contextlib.nullcontext(pool))
+    return asked
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch):
+    """A process of no group, which is left as it was: also after an error."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.fixture
+def config(base, rows_folder, tmp_path):
+    return AnnotateConfig(
+        model=base, data=str(rows_folder / "rl.json"), out=str(tmp_path / "new/cot.json"),
+        num_samples=2, batch_size=2, max_new_tokens=60, max_frames=8, min_length=10, max_length=50,
+    )  # fmt: skip
+
+
+def annotate_here(config):
+    if dist.is_initialized():  # left by one that was killed
+        dist.destroy_process_group()
+    with process_group() as world:
+        annotate.annotate(config, world)
+
+
+def contents(config):
+    return {path.name: path.read_bytes() for path in Path(config.out).parent.iterdir()}
+
+
+def test_what_is_written(config, teacher, rows_folder, capsys):
+    annotate_here(config)
+    assert sorted(sum(teacher, [])) == [0, 1, 3, 4, 5, 6]
+    assert teacher[0] == [0, 3], "they share a clip"
+    rows = json.loads(Path(config.data).read_text())
+    thoughts = {n: thought.replace("{right}", right(rows[n])) for n, thought in KEPT.items()}
+    expected = [
+        rows[number] | {"process": f"<think>{thought}</think>"}
+        for number, thought in thoughts.items()
+    ]
+    written = json.loads(Path(config.out).read_text())
+    assert written == expected
+    assert [list(row) for row in written] == [list(row) for row in expected], "keys in their order"
+    assert set(contents(config)) == {
+        "cot.json", "cot.json.report.json", "cot.json.tries.jsonl", "cot.json.tries.summary.json",
+    }  # fmt: skip
+
+    report = json.loads(Path(f"{config.out}.report.json").read_text())
+    assert {name: report[name] for name in ("rows", "kept", "unusable")} == {
+        "rows": 7, "kept": 3, "unusable": 1,
+    }  # fmt: skip
+    assert report["dropped"] == {"format": 1, "accuracy": 1, "length": 1, "repetition": 0}
+    assert report["by_type"]["multiple choice"]["rows"] == 3
+    (unusable,) = report["unusable_rows"]
+    assert (unusable["row"], unusable["problem_id"]) == (MISSING, rows[MISSING]["problem_id"])
+    assert "none.y4m" in unusable["error"]
+    assert (report["model"], report["data"]) == (config.model, config.data)
+    assert len(report["provenance"]["model_fingerprint"]) == 64
+    assert report["provenance"]["min_accuracy"] == 0.6
+    assert report["provenance"]["num_samples"] == 2
+    assert "{question}" in report["provenance"]["template"]
+    assert "torch" in report["versions"]
+
+    printed = capsys.readouterr().out
+    table = [line.split() for line in printed.splitlines()]
+    assert ["multiple", "choice", "3", "2", "0", "1", "0", "0", "0"] in table
+    assert ["all", "7", "3", "1", "1", "1", "0", "1"] in table
+    assert f"train_sft.py --data {config.out} --data_root {rows_folder}" in printed
+
+
+def test_the_cold_start_reads_what_is_written(config, teacher, rows_folder):
+    annotate_here(config)
+    samples = load_samples(config.out, rows_folder)
+    assert len(samples) == 3
+    assert all(Path(sample.path).is_file() for sample in samples)
+    tokenizer = load_tokenizer(config.model)
+    rows = json.loads(Path(config.data).read_text())
+    for sample, (number, thought) in zip(samples, KEPT.items(), strict=True):
+        require_no_vision_tokens(sample)
+        ids = response_ids(sample, tokenizer)
+        assert ids[-1] == tokenizer.eos_token_id
+        word = right(rows[number])
+        target = f"<think>{thought}</think>\n<answer>{word}</answer>".replace("{right}", word)
+        assert tokenizer.decode(ids[:-1]) == target
+
+
+def test_nothing_that_passes_is_an_empty_list(config, teacher, capsys):
+    annotate_here(dataclasses.replace(config, min_length=40))
+    assert json.loads(Path(config.out).read_text()) == []
+    assert "no row was kept" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------ kills
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """The files of an annotation that nothing interrupted, filled by whoever needs them first."""
+    return {}
+
+
+def uninterrupted(config, teacher, whole):
+    if not whole:
+        there = dataclasses.replace(config, out=str(Path(config.out).parent.parent / "w/cot.json"))
+        annotate_here(there)
+        whole |= contents(there)
+        teacher.clear()
+    return whole
+
+
+@pytest.mark.parametrize("done", range(4))
+def test_killed_between_batches(config, teacher, whole, done):
+    expected = uninterrupted(config, teacher, whole)
+    teacher.stop_after = done
+    with pytest.raises(Killed):
+        annotate_here(config)
+    assert not Path(config.out).exists()
+    parts = list(Path(config.out).parent.glob("*.part.jsonl"))
+    assert [part.read_bytes().count(b"\n") for part in parts] == [1 + done]
+    teacher.stop_after = None
+    annotate_here(config)
+    assert sorted(sum(teacher, [])) == [0, 1, 3, 4, 5, 6], "no row is asked twice"
+    assert contents(config) == expected
+
+
+@pytest.mark.parametrize("done", range(10))
+@pytest.mark.parametrize("replaced", [False, True], ids=["new", "replaced"])
+def test_killed_between_the_steps_of_the_end(config, teacher, whole, monkeypatch, done, replaced):
+    """Each file is written beside and renamed, four of them; a part is deleted. A run that replaces
+    another deletes its four files before."""
+    expected = uninterrupted(config, teacher, whole)
+    if replaced:
+        annotate_here(dataclasses.replace(config, seed=1))
+        config = dataclasses.replace(config, overwrite=True)
+        teacher.clear()
+    left = [done + 4 * replaced]
+
+    def counted(function):
+        def step(*arguments, **named):
+            if not left[0]:
+                raise Killed
+            left[0] -= 1
+            return function(*arguments, **named)
+
+        return step
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", counted(Path.write_text))
+        patched.setattr(Path, "unlink", counted(Path.unlink))
+        patched.setattr(results.os, "replace", counted(os.replace))
+        with pytest.raises(Killed) if done < 9 else contextlib.nullcontext():
+            annotate_here(config)
+    annotate_here(config)
+    assert sorted(sum(teacher, [])) == [0, 1, 3, 4, 5, 6], "no row is asked twice"
+    assert contents(config) == expected
+
+
+@pytest.mark.parametrize("done", range(4))
+def test_killed_while_the_old_files_are_deleted(config, teacher, whole, monkeypatch, done):
+    expected = uninterrupted(config, teacher, whole)
+    annotate_here(dataclasses.replace(config, seed=1, min_length=12))
+    config, left, unlink = dataclasses.replace(config, overwrite=True), [done], Path.unlink
+
+    def step(path, **named):
+        if not left[0]:
+            raise Killed
+        left[0] -= 1
+        unlink(path, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", step)
+        with pytest.raises(Killed):
+            annotate_here(config)
+    annotate_here(config)
+    assert contents(config) == expected
+
+
+# ----------------------------------------------------------------------------- what is there before
+
+
+def test_a_finished_annotation_is_not_made_again(config, teacher, capsys):
+    annotate_here(config)
+    before = contents(config)
+    teacher.clear()
+    capsys.readouterr()
+    annotate_here(dataclasses.replace(config, num_workers=5))
+    assert "is finished" in capsys.readouterr().out
+    assert (teacher, contents(config)) == ([], before)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        pytest.param({"min_accuracy": 0.9}, "cot.json was made with min_accuracy 0.6", id="rule"),
+        pytest.param({"seed": 1}, "cot.json was made with seed 0 and not 1", id="tries"),
+        pytest.param({"batch_size": 3}, "batch_size 2 and not 3", id="batches"),
+    ],
+)
+def test_what_other_settings_made_is_not_replaced(config, teacher, changes, words):
+    annotate_here(config)
+    assert_refused(dataclasses.replace(config, **changes), words)
+
+
+def test_tries_of_other_settings_that_were_cut_off_are_not_replaced(config, teacher):
+    teacher.stop_after = 2
+    with pytest.raises(Killed):
+        annotate_here(config)
+    assert_refused(dataclasses.replace(config, seed=1), "rank0.part.jsonl was made with seed 0 and")
+    teacher.clear()
+    teacher.stop_after = None
+    annotate_here(dataclasses.replace(config, seed=1, overwrite=True))
+    assert len(sum(teacher, [])) == 6
+
+
+def assert_refused(config, words):
+    before = contents(config)
+    with pytest.raises(ValueError, match=words) as caught:
+        annotate_here(config)
+    assert "--overwrite true" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert contents(config) == before
+
+
+def test_other_rules_filter_the_same_tries(config, teacher):
+    annotate_here(config)
+    before = contents(config)
+    teacher.clear()
+    annotate_here(dataclasses.replace(config, min_length=5, overwrite=True))
+    assert teacher == [], "the model is not asked"
+    assert len(json.loads(Path(config.out).read_text())) == 4  # and the try of 9 tokens
+    annotate_here(dataclasses.replace(config, overwrite=True))
+    assert contents(config) == before
+
+
+def test_other_rules_go_on_with_the_tries_of_a_run_that_was_killed(config, teacher):
+    teacher.stop_after = 2
+    with pytest.raises(Killed):
+        annotate_here(config)
+    teacher.stop_after = None
+    annotate_here(dataclasses.replace(config, min_length=5))
+    assert sorted(sum(teacher, [])) == [0, 1, 3, 4, 5, 6]
+    assert len(json.loads(Path(config.out).read_text())) == 4
+
+
+def test_a_model_that_was_trained_on_is_another_one(config, teacher, tmp_path):
+    shutil.copytree(config.model, tmp_path / "model")
+    config = dataclasses.replace(config, model=str(tmp_path / "model"))
+    annotate_here(config)
+    (tmp_path / "model/extra.json").write_text("{}")
+    with pytest.raises(ValueError, match="model_fingerprint"):
+        annotate_here(config)
+    teacher.clear()
+    annotate_here(dataclasses.replace(config, overwrite=True))
+    assert len(sum(teacher, [])) == 6
+
+
+def test_a_file_of_somebody_else_is_not_replaced(config, teacher):
+    out = Path(config.out)
+    out.parent.mkdir()
+    out.write_text("[]")
+    with pytest.raises(ValueError, match="no report"):
+        annotate_here(config)
+    assert (teacher, out.read_text()) == ([], "[]")
+    annotate_here(dataclasses.replace(config, overwrite=True))
+    assert len(json.loads(out.read_text())) == 3
+
+
+def test_annotations_whose_names_begin_alike_are_apart(config, teacher):
+    teacher.stop_after = 1
+    with pytest.raises(Killed):
+        annotate_here(dataclasses.replace(config, out=f"{config.out}.tries.json", seed=1))
+    teacher.clear()
+    teacher.stop_after = None
+    annotate_here(config)
+    assert len(sum(teacher, [])) == 6
+
+
+# ---------------------------------------------------------------------------------------- commands
+
+
+def command(*argv):
+    """What `python annotate.py ARGV` does, in this process; an error is a ValueError."""
+    before = sys.argv
+    sys.argv = ["annotate.py", *map(str, argv)]
+    try:
+        annotate.main()
+    finally:
+        sys.argv = before
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        pytest.param("--model m", "--data", id="no-data"),
+        pytest.param("--model m --data d", "--out", id="no-out"),
+        pytest.param("--model m --data d --out tests", "--out tests is a folder", id="folder"),
+        pytest.param("--model m --data d --out x/../d", "the same file", id="onto-the-data"),
+        pytest.param("--model m --data d --out README.md/o", "--out README.md/o: ", id="no-place"),
+        pytest.param("--model m --data none.json --out o", "none.json", id="no-data-file"),
+        pytest.param("--model m --data d --out o --num_sample 2", "--num_samples?", id="misspelt"),
+        pytest.param("--model m --data d --out o --num_samples 0", "--num_samples", id="no-tries"),
+        pytest.param("--model m --data d --out o --batch_size 0", "--batch_size", id="no-batch"),
+        pytest.param("--model m --data d --out o --max_new_tokens 0", "--max_new_tok", id="mute"),
+        pytest.param("--model m --data d --out o --temperature 0", "--temperature", id="cold"),
+        pytest.param("--model m --data d --out o --top_p 1.1", "--top_p", id="top-p"),
+        pytest.param("--model m --data d --out o --seed -1", "--seed", id="seed"),
+        pytest.param("--model m --data d --out o --min_accuracy 2", "--min_acc", id="accuracy"),
+        pytest.param("--model m --data d --out o --min_length 999", "--min_length", id="window"),
+        pytest.param(
+            "--model m --data d --out o --max_repetition -1", "--max_repetition", id="repetition"
+        ),
+        pytest.param("--model m --data d --out o --max_frames 0", "--max_frames", id="frames"),
+    ],
+)  # fmt: skip
+def test_a_wrong_command_is_one_line(argv, words, base, rows_folder, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    if "README" in argv:
+        argv = argv.replace(" m ", f" {base} ").replace(" d ", f" {rows_folder}/rl.json ")
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  the words follow
+        command(*argv.split())
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_row_that_cannot_be_read_is_named_before_anything_is_asked(config, teacher, tmp_path):
+    rows = json.loads(Path(config.data).read_text())
+    rows[3]["problem_type"] = "essay"
+    (tmp_path / "bad.json").write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match="row 3: unknown problem_type"):
+        annotate_here(dataclasses.replace(config, data=str(tmp_path / "bad.json")))
+    assert not Path(config.out).parent.exists()
+
+
+def test_the_toy_without_a_trained_model(toy_folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/toy").symlink_to(toy_folder / "runs/toy")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="run train_rl.py"):
+        command()
+    assert annotate.REAL_COMMAND in capsys.readouterr().out.splitlines()[0]
+
+
+def test_the_toys_defaults(monkeypatch):
+    seen = []
+    monkeypatch.setattr(annotate.toy, "ensure_toy", lambda: None)
+    monkeypatch.setattr(annotate.Path, "is_dir", lambda path: path.name == "model")
+    monkeypatch.setattr(annotate, "annotate", lambda config, world: seen.append(config))
+    command("--num_samples", "2")
+    (found,) = seen
+    assert (found.model, found.data) == ("runs/toy/rl/model", "runs/toy/data/rl.json")
+    assert (found.out, found.num_samples, found.overwrite) == ("runs/toy/cot.json", 2, True)
+
+
+# ---------------------------------------------------------------------------------- real processes
+
+
+def launch(num_processes, script, *flags, cwd):
+    """Start a script on so many processes, in a process group of its own."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+             num_processes, ROOT / script, *flags]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(list(map(str, start)), cwd=cwd, env=environment, start_new_session=True)
+
+
+@pytest.mark.slow
+def test_real_processes_sharded_weights_and_a_kill_give_the_same(toy_folder, tmp_path):
+    """The toy's random model, whose responses of 8 tokens never have the format."""
+    data = toy_folder / "runs/toy/data"
+    rows = json.loads((data / "rl.json").read_text())[:50]
+    (tmp_path / "rl").symlink_to(data / "rl")
+    (tmp_path / "rl.json").write_text(json.dumps(rows))
+    flags = ["--model", toy_folder / "runs/toy/base", "--data", "rl.json", "--max_frames", "8",
+             "--max_new_tokens", "8", "--batch_size", "4", "--num_samples", "2"]  # fmt: skip
+
+    def start(num_processes, name, *more):
+        out = f"{name}/cot.json"
+        return launch(num_processes, "annotate.py", *flags, "--out", out, *more, cwd=tmp_path)
+
+    def files(name):
+        return {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+
+    assert start(2, "whole").wait(300) == 0
+    whole = files("whole")
+    records = [json.loads(line) for line in whole["cot.json.tries.jsonl"].splitlines()]
+    assert [record["row"] for record in records] == list(range(50))
+    assert all(1 <= one["length"] <= 8 for record in records for one in record["tries"])
+    assert len({one["text"] for record in records for one in record["tries"]}) > 50
+    report = json.loads(whole["cot.json.report.json"])
+    assert (report["rows"], report["dropped"]["format"], report["kept"]) == (50, 50, 0)
+
+    assert start(2, "sharded", "--sharded_generation", "true").wait(300) == 0
+    assert files("sharded") == whole
+
+    running = start(2, "killed")
+    while not any(part.read_bytes().count(b"\n") > 2
+                  for part in (tmp_path / "killed").glob("*.part.jsonl")):  # fmt: skip
+        time.sleep(0.01)
+    os.killpg(running.pid, signal.SIGKILL)
+    assert running.wait() == -signal.SIGKILL, "it had come to its end"
+    assert start(1, "killed").wait(300) == 0
+    assert files("killed") == whole
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (TOY_RUN / "rl/model").is_dir(), reason="the README's first command has not been run"
+)
+def test_the_chain_annotate_learn_evaluate(tmp_path):
+    """The RL model annotates the RL set, a fresh model learns from that alone, and is tested."""
+    toy = tmp_path / "runs/toy"
+    (toy / "rl").mkdir(parents=True)
+    for name in ("base", "data", "rl/model"):
+        (toy / name).symlink_to(TOY_RUN / name)
+    assert launch(2, "annotate.py", cwd=tmp_path).wait(600) == 0
+    report = json.loads((toy / "cot.json.report.json").read_text())
+    assert report["kept"] > 0.75 * report["rows"]
+
+    learn = ["--model", "runs/toy/base", "--data", "runs/toy/cot.json", "--data_root",
+             "runs/toy/data", "--output_dir", "runs/toy/chain", "--max_steps", "360",
+             "--learning_rate", "1e-3", "--warmup_steps", "10", "--max_grad_norm", "1",
+             "--prompts_per_rank", "16", "--max_frames", "8", "--num_workers", "1",
+             "--activation_checkpointing", "false"]  # fmt: skip
+    assert launch(2, "train_sft.py", *learn, cwd=tmp_path).wait(900) == 0
+    test = ["--model", "runs/toy/chain/model", "--data", "runs/toy/data/test.json",
+            "--max_frames", "8", "--batch_size", "64", "--max_new_tokens", "40",
+            "--order", "ordered,shuffled"]  # fmt: skip
+    assert launch(2, "eval.py", *test, cwd=tmp_path).wait(300) == 0
+    found = {}
+    for order in ("ordered", "shuffled"):
+        (file,) = (tmp_path / "runs/eval").rglob(f"test.{order}.summary.json")
+        found[order] = json.loads(file.read_text())["accuracy"]
+    assert found["ordered"] > 0.75
+    assert found["ordered"] > found["shuffled"] + 0.3
+    assert set(report["dropped"]) == set(RULES)

@@ -1,0 +1,549 @@
+"""benchmarks/: the steps run and report what they promise; FLOPs, bytes and parameters that are
+computed from shapes equal those that are counted on the toy."""
+
+import json
+import sys
+from pathlib import Path
+
+import plain
+import pytest
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Qwen2_5_VLConfig
+
+import model as model_module
+import sampling
+from benchmarks import counting, measure, memory, plain_recipe, rl_step
+from benchmarks.counting import Load
+from distributed import process_group
+from model import enable_packing, load_model, load_tokenizer, pack_groups
+from sampling import sample_groups
+from training import make_optimizer
+
+CPU = torch.device("cpu")
+GROUP, SHUFFLED, TOKENS = 3, 2, 4
+
+
+@pytest.fixture(scope="module")
+def base(toy_folder):
+    return str(toy_folder / "runs/toy/base")
+
+
+@pytest.fixture(scope="module")
+def clip(toy_folder):
+    """A clip of the toy: 8 frames of 56 x 56, which are 4 grids of 4 x 4 patches."""
+    return str(min((toy_folder / "runs/toy/data/rl").glob("*.y4m")))
+
+
+@pytest.fixture(scope="module")
+def toy(base):
+    model = load_model(base, CPU)
+    enable_packing(model)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def prompts(toy_folder, base):
+    return plain.toy_prompts(toy_folder, load_tokenizer(base), ["video", "video"])
+
+
+def flags(base, clip, *more):
+    sizes = {"--max_new_tokens": TOKENS, "--group_size": GROUP, "--shuffled_group_size": SHUFFLED,
+             "--repeats": 1}  # fmt: skip
+    words = [str(word) for pair in sizes.items() for word in pair]
+    return ["--model", base, "--video", clip, *words, *map(str, more)]
+
+
+# ------------------------------------------------------------------------------------ rl_step.py
+
+
+def test_both_recipes_take_a_step_and_write_what_they_promise(
+    base, clip, tmp_path, monkeypatch, capsys
+):
+    lengths = []  # of all responses that were scored
+
+    def spy(ordered, shuffled, config, score_group=rl_step.score_group):
+        lengths.append(ordered.lengths.tolist() + shuffled.lengths.tolist())
+        return score_group(ordered, shuffled, config)
+
+    monkeypatch.setattr(rl_step, "score_group", spy)
+    monkeypatch.setattr(plain_recipe, "score_group", spy)
+    file = tmp_path / "step.json"
+    arguments = flags(base, clip, "--max_frames", 12, "--prompts_per_rank", 2, "--json", file)
+    monkeypatch.setattr(sys, "argv", ["rl_step.py", *arguments])
+    rl_step.main()
+
+    # Two prompts, warm-up and step of two recipes: every response has the length asked for.
+    assert lengths == [[2] * 5] * 4 + [[TOKENS] * 5] * 4
+    results = json.loads(file.read_text())
+    # 12 of the clip's 8 frames: it begins again. 6 grids of 4 merged patches.
+    assert results["tokens"]["vision"] == 2 * 6 * 4
+    assert results["tokens"]["sampled"] == 2 * (GROUP + SHUFFLED) * TOKENS
+    assert results["agreement_nats"] <= 1e-4
+    assert results["machine"]["matmul_flops"] > 0
+    assert 0 < results["decode_share_of_copy"] < 1
+    for recipe in ("ours", "plain"):
+        found = results[recipe]
+        assert list(found["seconds"]) == list(rl_step.PHASES)
+        assert all(seconds > 0 for seconds in found["seconds"].values())
+        assert sum(found["seconds"].values()) == pytest.approx(found["total_seconds"])
+        assert found["flops"]["backward"] == 2 * (
+            found["flops"]["forward"] + found["flops"]["forward.vision"]
+        )
+        assert 0 < found["before_gib"] <= found["peak_gib"]
+    # 5 copies of each clip are seen in rollouts and 3 in passes, against 2 and 1.
+    ours, theirs = (results[recipe]["flops"] for recipe in ("ours", "plain"))
+    assert theirs["rollout.vision"] * 2 == ours["rollout.vision"] * 5
+    assert theirs["reference.vision"] == ours["reference.vision"] * 3
+
+    shown = capsys.readouterr().out
+    assert all(label in shown for label in rl_step.PHASES.values())
+    assert "plain / ours:" in shown
+
+
+def test_a_sweep_measures_every_point_once_and_draws_four_panels(
+    base, clip, tmp_path, monkeypatch, capsys
+):
+    points = {"group_size": (2, 3), "max_frames": (2, 4), "max_new_tokens": (2, TOKENS),
+              "prompts_per_rank": (1, 2)}  # fmt: skip
+    axes = {axis: (rl_step.SWEEPS[axis][0], values) for axis, values in points.items()}
+    monkeypatch.setattr(rl_step, "SWEEPS", axes)
+    taken = []
+
+    def spy(system, batch, config, meter, our_step=rl_step.our_step):
+        taken.append((config.group_size, config.shuffled_group_size, config.max_frames,
+                      config.max_new_tokens, config.prompts_per_rank))  # fmt: skip
+        our_step(system, batch, config, meter)
+
+    monkeypatch.setattr(rl_step, "our_step", spy)
+    machine = {"device": "CPU", "threads": 1, "compute_dtype": "float32"}
+    monkeypatch.setattr(rl_step, "machine_facts", lambda _: machine)
+    figure = tmp_path / "sweep.png"
+    config = rl_step.parse_flags(
+        flags(base, clip, "--max_frames", 4, "--sweep", "--figure", figure)
+    )
+    with process_group() as world:
+        results = rl_step.measure(config, world)
+    assert taken[1:] == [  # the first warms up; the point that the axes share comes once
+        (2, 1, 4, 4, 1), (3, 1, 4, 4, 1), (3, 2, 2, 4, 1), (3, 2, 4, 4, 1), (3, 2, 4, 2, 1),
+        (3, 2, 4, 4, 2),
+    ]  # fmt: skip
+    for axis, values in points.items():
+        assert [point["value"] for point in results["sweep"][axis]] == list(values)
+    assert len(rl_step.draw(results["sweep"], "title").axes) == 4
+    assert Image.open(figure).size == (1200, 840)
+
+
+FAULTS = {
+    "no-model": (["--video", "x.mp4"], "--model is missing"),
+    "no-clip": (["--model", "x"], "--video is missing"),
+    "odd-frames": (["--model", "x", "--video", "y", "--max_frames", "5"], "--max_frames"),
+    "no-repeats": (["--model", "x", "--video", "y", "--repeats", "0"], "--repeats"),
+    "one-response": (["--model", "x", "--video", "y", "--group_size", "1"], "--group_size"),
+    "figure": (["--model", "x", "--video", "y", "--figure", "a.pdf"], "--figure"),
+    "unknown": (["--model", "x", "--video", "y", "--rounds", "3"], "--rounds"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), FAULTS.values(), ids=FAULTS)
+def test_a_wrong_flag_is_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        rl_step.parse_flags(arguments)
+
+
+# ------------------------------------------------------------------------------------ measure.py
+
+
+def test_a_phase_has_its_own_seconds_and_memory(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
+    meter = measure.Meter(CPU, trim=True)
+
+    def wait(seconds):
+        clock[0] += seconds
+
+    with meter("outer"):
+        wait(1)
+        with meter("inner"):
+            wait(2)
+            torch.ones(2**26, dtype=torch.uint8)  # 64 MiB, gone at once
+        wait(4)
+    wait(100)
+    with meter("outer"):
+        wait(8)
+    assert meter.seconds == {"outer": 13, "inner": 2}
+    assert meter.peaks["inner"] - meter.peaks["outer"] > 2**25
+
+
+def test_patches_end_with_their_block():
+    class Owner:
+        def name(self):
+            return "class"
+
+    owner = Owner()
+    with measure.patched(owner, "name", lambda: "block"):
+        assert owner.name() == "block"
+    assert (owner.name(), vars(owner)) == ("class", {})
+    owner.name = lambda: "own"
+    with pytest.raises(KeyError), measure.patched(owner, "name", None):
+        raise KeyError
+    assert owner.name() == "own"
+
+
+# ------------------------------------------------------------------------------------ counting.py
+
+
+def counted_flops(run):
+    """FLOPs of the matrix products that a function runs, attention's full squares included."""
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+    def square(query, key, value, *_, out_shape=None, **__):
+        batch, heads, queries, size = query
+        return 4 * batch * heads * queries * key[2] * size
+
+    with FlopCounterMode(display=False, custom_mapping={attention: square}) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def load_of(prompts):
+    return Load(
+        grids=tuple(tuple(prompt.grid_thw.tolist()) for prompt in prompts),
+        prompt_tokens=tuple(len(prompt.input_ids) for prompt in prompts),
+        group_size=GROUP, shuffled_group_size=SHUFFLED, response_tokens=TOKENS,
+    )  # fmt: skip
+
+
+def uncounted_half(config, lengths):
+    """What causal attention saves of the squares (length, length), in FLOPs."""
+    return sum(
+        counting.language_flops(config, 0, length**2 - counting.causal_pairs(length))
+        for length in lengths
+    )
+
+
+@torch.no_grad()
+def test_flops_of_a_pass_equal_those_of_the_kernels(toy, prompts):
+    config, load = toy.config, load_of(prompts)
+    pack = pack_groups(prompts, [[torch.tensor([5, 6, 7, 8])] * GROUP] * 2)
+    forbidden = torch.tensor(model_module.forbidden_tokens(config))
+    found = counted_flops(lambda: toy.packed_logprobs(pack, forbidden))
+    flops = counting.our_flops(config, load)
+    # A response's square holds the prompt and all of the response.
+    saved = uncounted_half(config, load.prompt_tokens) + uncounted_half(config, [TOKENS] * 6)
+    assert found == flops["forward"] + flops["forward.vision"] + saved
+
+
+@torch.no_grad()
+def test_flops_of_a_rollout_equal_those_of_the_kernels(toy, base, prompts, monkeypatch):
+    never = model_module.forbidden_tokens(toy.config)[:1]
+    monkeypatch.setattr(sampling, "end_tokens", lambda _: never)
+    # The first stands for the ordered and the second for the shuffled prompt of one clip.
+    sizes = (GROUP, SHUFFLED)
+    keys = [[(0, group, row) for row in range(size)] for group, size in enumerate(sizes)]
+    tokenizer = load_tokenizer(base)
+    found = counted_flops(lambda: sample_groups(toy, tokenizer, prompts, keys, TOKENS))
+    load, length = load_of(prompts[:1]), len(prompts[0].input_ids)
+    flops = counting.our_flops(toy.config, load)
+    expected = sum(count for phase, count in flops.items() if phase.startswith("rollout"))
+    assert found == expected + uncounted_half(toy.config, [length, length])
+
+
+@torch.no_grad()
+def test_flops_of_the_plain_recipe_equal_those_of_the_kernels(toy, base, prompts):
+    config, load, (prompt, other) = toy.config, load_of(prompts[:1]), prompts
+    tokenizer, rollouts = load_tokenizer(base), []
+
+    def generate():
+        for one, size in ((prompt, GROUP), (other, SHUFFLED)):
+            rollouts.append(plain_recipe.generate(toy, tokenizer, one, size, TOKENS))
+
+    flops = counting.plain_flops(config, load)
+    expected = sum(count for phase, count in flops.items() if phase.startswith("rollout"))
+    length = len(prompt.input_ids)
+    saved = uncounted_half(config, [length] * (GROUP + SHUFFLED))
+    assert counted_flops(generate) == expected + saved
+    assert [rollout.lengths.tolist() for rollout in rollouts] == [[TOKENS] * 3, [TOKENS] * 2]
+
+    found = counted_flops(lambda: plain_recipe.copies_logprobs(toy, rollouts[0]))
+    saved = uncounted_half(config, [length + TOKENS] * GROUP)
+    assert found == flops["reference"] + flops["reference.vision"] + saved
+
+
+def test_the_plain_recipe_computes_the_same_function(toy, prompts):
+    ids = torch.tensor([[5, 6, 7], [9, 9, 9]])
+    mask = torch.ones_like(ids).bool()
+    rollout = sampling.Rollout(prompts[0], ids, mask, mask[:, 0], mask * 0.0, ["", ""])
+    forbidden = model_module.forbidden_tokens(toy.config)
+    expected = torch.stack([plain.logprobs(toy, prompts[0], row) for row in ids])
+    found = plain_recipe.copies_logprobs(toy, rollout, forbidden)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    without = plain_recipe.copies_logprobs(toy, rollout)
+    assert (without < found).all()  # the forbidden tokens take their share
+
+
+WINDOWS = {
+    "whole": ((1, 8, 8), 64**2),
+    "cut-below": ((1, 12, 8), 64**2 + 32**2),
+    "corner": ((1, 12, 10), 64**2 + 32**2 + 16**2 + 8**2),
+    "frames": ((3, 4, 4), 3 * 16**2),
+}
+
+
+@pytest.mark.parametrize(("grid", "pairs"), WINDOWS.values(), ids=WINDOWS)
+def test_window_pairs_by_hand(toy, grid, pairs):
+    assert counting.window_pairs(toy.config.vision_config, grid) == pairs
+
+
+def test_recomputation_by_hand(toy):
+    # One patch-free clip, S = 1, G = 2, T = 1: a row of 3 tokens, 2 of them responses.
+    load = Load(((0, 0, 0),), (1,), 2, 0, 1)
+    config = toy.config
+    layers = counting.language_flops(config, 3, 1 + 2 * 2)
+    head = counting.head_flops(config, 2)
+    assert counting.our_flops(config, load)["recompute"] == layers + head
+    assert counting.our_flops(config, load, checkpointing=False)["recompute"] == head
+    assert counting.plain_flops(config, load, checkpointing=False)["recompute"] == 0
+
+
+def test_a_frozen_tower_is_passed_forward_alone(toy):
+    load = Load(((4, 4, 4),), (20,), 2, 2, 3)
+    flops = counting.our_flops(toy.config, load, freeze_vision=True)
+    assert flops["backward"] == 2 * flops["forward"]
+    assert flops["forward.vision"] > 0
+
+
+def test_bytes_of_the_cache_equal_those_of_a_cache(toy, prompts):
+    with torch.no_grad():
+        cache = toy.packed_prefill(pack_groups(prompts, [[], []]))
+    found = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    num_tokens = sum(len(prompt.input_ids) for prompt in prompts)
+    assert found == num_tokens * counting.cache_bytes_per_token(toy.config, itemsize=4)
+
+
+def test_bytes_of_decoding_by_hand(toy):
+    # Two rows, prompt of 10: three steps read 10, 11 and 12 cached tokens a row, and the weights.
+    load = Load(((4, 4, 4),), (10,), 2, 0, 3)
+    per_token = counting.cache_bytes_per_token(toy.config, 2)
+    found = counting.decode_bytes(toy.config, load, num_weights=1000, itemsize=2)
+    assert found == 3 * 1000 * 2 + 2 * (10 + 11 + 12) * per_token
+
+
+def test_weights_of_a_decoded_token_are_all_but_vision_and_embedding(toy):
+    outside = [*toy.model.visual.parameters(), toy.get_input_embeddings().weight]
+    total = sum(parameter.numel() for parameter in toy.parameters())
+    others = sum(parameter.numel() for parameter in outside)
+    assert rl_step.num_decode_weights(toy) == total - others
+
+
+# -------------------------------------------------------------------------------------- memory.py
+
+# Total; root: embedding and lm_head (one of them if tied), final norm, patch embedding, merger.
+PATCH_EMBED, NORM = 1280 * 3 * 2 * 14 * 14, 1280
+PUBLISHED = {
+    "7B": (8_292_166_656, 2 * 152064 * 3584 + 3584, 3584),
+    "3B": (3_754_622_976, 151936 * 2048 + 2048, 2048),
+}
+
+
+@pytest.mark.parametrize(("name", "total", "text_root", "width"), [
+    (name, *numbers) for name, numbers in PUBLISHED.items()
+])  # fmt: skip
+def test_parameters_of_the_official_models(name, total, text_root, width):
+    groups = memory.count_groups(memory.load_config(name))
+    merger = NORM + 5120 * 5120 + 5120 + 5120 * width + width
+    assert groups.numel == total
+    assert groups.root_vision.numel == PATCH_EMBED + merger
+    assert groups.root.numel == text_root + PATCH_EMBED + merger
+    assert len(groups.blocks) == 32
+
+
+def test_groups_of_the_toy_are_those_that_fsdp_gathers(toy, base):
+    config = memory.load_config(base)
+    groups = memory.count_groups(config)
+
+    def numel(module):
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    inner = toy.model
+    assert [group.numel for group in groups.layers] == [*map(numel, inner.language_model.layers)]
+    assert [group.numel for group in groups.blocks] == [*map(numel, inner.visual.blocks)]
+    assert groups.numel == numel(toy)
+    frozen = groups.trainable_shard(1, freeze_vision=True)
+    assert groups.trainable_shard(1, freeze_vision=False) - frozen == numel(inner.visual)
+    assert memory.count_groups(memory.load_config(f"{base}/config.json")) == groups
+
+
+SHARDS = {  # shapes, GPUs, numbers of the first rank
+    "even": (((8, 3),), 4, 6),
+    "rounded-up": (((9, 3), (5,)), 4, 3 * 3 + 2),
+    "fewer-rows-than-ranks": (((2, 3),), 8, 3),
+    "alone": (((9, 3), (5,)), 1, 32),
+}
+
+
+@pytest.mark.parametrize(("shapes", "num_gpus", "expected"), SHARDS.values(), ids=SHARDS)
+def test_shards_by_hand(shapes, num_gpus, expected):
+    assert memory.Group(shapes).shard(num_gpus) == expected
+
+
+@pytest.mark.parametrize("freeze_vision", [False, True], ids=["all", "frozen-vision"])
+def test_optimizer_state_is_eight_bytes_a_number(base, freeze_vision):
+    model = load_model(base, CPU)
+    model.model.visual.requires_grad_(not freeze_vision)
+    optimizer = make_optimizer(model, 1e-3, 0.01)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    state = [value for one in optimizer.state.values() for value in one.values()]
+    found = sum(value.nbytes for value in state if value.numel() > 1)
+    options = memory.MemoryConfig(model=base, num_gpus=1, freeze_vision=freeze_vision)
+    phases = memory.estimate(model.config, options, on_gpu=False)
+    assert phases["optimizer"]["AdamW, two moments"] == found
+    assert phases["optimizer"]["gradients, float32"] * 2 == found
+
+
+def saved_bytes(model, run):
+    """Bytes of all tensors that autograd keeps, each storage once, weights and cos, sin apart."""
+    known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        known |= {tensor.untyped_storage().data_ptr() for tensor in run.embeddings}
+        output = run()
+    del output
+    return sum(kept.values())
+
+
+class LayerPass:
+    """One decoder layer on a packed row of a prompt of 37 tokens and 3 responses of 7."""
+
+    def __init__(self, model, dtype):
+        self.layer = model.model.language_model.layers[0].train()
+        slots = 37 + torch.arange(21).view(3, 7)
+        self.segment = model_module.Segment(0, 37, slots, torch.arange(21))
+        self.hidden = torch.randn(1, 58, 128, dtype=dtype, requires_grad=True)
+        positions = torch.arange(58).expand(3, 1, 58)
+        self.embeddings = model.model.language_model.rotary_emb(self.hidden, positions)
+
+    def __call__(self):
+        return self.layer(
+            self.hidden, attention_mask=None, position_embeddings=self.embeddings,
+            segments=[self.segment],
+        )  # fmt: skip
+
+
+class BlockPass:
+    """One vision block on two frames of 8 x 12 patches, in windows."""
+
+    def __init__(self, model, dtype):
+        self.block = model.model.visual.blocks[0].train()
+        self.hidden = torch.randn(192, 64, dtype=dtype, requires_grad=True)
+        angles = torch.randn(192, 16)
+        self.embeddings = (angles.cos(), angles.sin())
+
+    def __call__(self):
+        ends = torch.tensor([0, 64, 96, 160, 192], dtype=torch.int32)
+        return self.block(
+            self.hidden, cu_seqlens=ends, max_seqlen=64, position_embeddings=self.embeddings
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("part", ["layer", "block"])
+def test_saved_activations_equal_what_autograd_keeps(base, part, dtype):
+    model = load_model(base, CPU, dtype)
+    row = memory.Pass(1, 37, 192, 3, 7, dtype.itemsize)
+    if part == "layer":
+        expected = memory.saved_by_layer(model.config, row)
+        assert saved_bytes(model, LayerPass(model, dtype)) == expected
+    else:
+        assert saved_bytes(model, BlockPass(model, dtype)) == memory.saved_by_block(
+            model.config, row
+        )
+
+
+def test_the_papers_run_by_hand():
+    phases = memory.estimate(memory.load_config("7B"), memory.MemoryConfig())
+    numbers = 8_292_166_656
+    decode = phases["decode"]
+    # All first dimensions of the 7B model but the vision MLPs' 3420 are multiples of 8.
+    padding = 32 * 2 * 4 * (1280 + 1)  # rows of gate and up: 3420 / 8 is 427.5
+    assert decode["policy, float32, shard"] == 4 * (numbers + padding) // 8
+    assert decode["AdamW, two moments"] == 2 * decode["policy, float32, shard"]
+    assert decode["reference, shard"] * 2 == decode["policy, float32, shard"]
+    assert decode["whole weights (unsharded)"] == 2 * numbers
+    # 8 grids of 128 tokens and 200 of text; 2 prompts, and 12 rows with room for 768 more, less
+    # the prompt's last token, which generate runs again.
+    tokens = 2 * (8 * 128 + 200) + 12 * (8 * 128 + 199 + 768)
+    assert decode["key-value cache"] == tokens * 2 * 28 * 512 * 2
+    # With checkpointing the inputs of 28 layers and 32 blocks; a packed row of 1224 + 8 * 768.
+    inputs = 2 * (28 * (1224 + 8 * 768) * 3584 + 32 * 8 * 512 * 1280)
+    assert phases["forward"]["saved activations"] == inputs
+
+
+def test_the_verdict_names_the_flags_that_help():
+    config = memory.load_config("7B")
+    options = memory.MemoryConfig(activation_checkpointing=False, gpu_gib=40, prompts_per_rank=2)
+    assert memory.verdict(config, options).endswith("--activation_checkpointing true")
+    # One GPU would hold 14 bytes for each of 8.3e9 numbers.
+    options = memory.MemoryConfig(num_gpus=1, gpu_gib=24)
+    assert "no flag of this program makes it fit" in memory.verdict(config, options)
+    assert memory.fitting_flags(config, memory.MemoryConfig())[0] == {}
+
+
+def test_the_estimate_is_compared_with_a_real_step(base, capsys):
+    options = memory.MemoryConfig(
+        model=base, max_new_tokens=4, max_frames=4, max_pixels=6272, group_size=2,
+        shuffled_group_size=1,
+    )  # fmt: skip
+    with process_group() as world:
+        results = memory.check(options, world)
+    assert list(results) == ["kept", *memory.MEASURED]
+    # 4 + 8 + 4 bytes for each of the toy's 844,736 parameters.
+    assert results["kept"][1] == 16 * 844_736
+    assert all(expected > 0 for _, expected in results.values())
+    assert "backward           measured" in capsys.readouterr().out
+
+
+MEMORY_FAULTS = {
+    "no-gpus": (["--num_gpus", "0"], "--num_gpus"),
+    "no-memory": (["--gpu_gib", "0"], "--gpu_gib"),
+    "no-model": (["--model", "./nowhere"], "neither a folder nor a Hub id"),
+    "no-config": (["--model", __file__], "is no config.json"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), MEMORY_FAULTS.values(), ids=MEMORY_FAULTS)
+def test_a_wrong_model_or_number_is_named(arguments, message, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["memory.py", *arguments])
+    with pytest.raises(ValueError, match=message):
+        memory.main()
+
+
+def test_the_readmes_commands_are_known(toy_folder):
+    text = (Path(memory.__file__).parent / "README.md").read_text()
+    commands = [line.split() for line in text.splitlines() if line.startswith("python benchmarks/")]
+    assert {command[1] for command in commands} == {
+        "benchmarks/rl_step.py", "benchmarks/memory.py"
+    }  # fmt: skip
+    for command in commands:
+        parse = rl_step.parse_flags if "rl_step" in command[1] else memory.parse_flags
+        parse(command[2:])
+
+
+def test_another_models_config_is_refused(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(ValueError, match="not a Qwen2.5-VL: it is a 'llama'"):
+        memory.load_config(str(file))
+    file.write_text(json.dumps(Qwen2_5_VLConfig(**memory.OFFICIAL["3B"]).to_dict()))
+    assert memory.count_groups(memory.load_config(str(file))).numel == PUBLISHED["3B"][0]
