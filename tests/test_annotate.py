@@ -21,7 +21,6 @@ import annotate
 import answering
 import results
 from annotate import (
-    RULES,
     AnnotateConfig,
     best_try,
     broken_rule,
@@ -703,32 +702,42 @@ def test_real_processes_sharded_weights_and_a_kill_give_the_same(toy_folder, tmp
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    not (TOY_RUN / "rl/model").is_dir(), reason="the README's first command has not been run"
+    not all((TOY_RUN / stage / "model").is_dir() for stage in ("sft", "rl")),
+    reason="the README's first command has not been run",
 )
 def test_the_chain_annotate_learn_evaluate(tmp_path):
-    """The RL model annotates the RL set, a fresh model learns from that alone, and is tested."""
+    """The RL model annotates the RL set; the SFT model, which has seen neither that set nor a
+    reward, learns from the annotation alone, and is better for it.
+
+    Not the untrained model: the clips of the RL set are the hard ones (toy.draw_clip), and in as
+    few steps as this it learns from them what to say and not what to look at.
+    """
     toy = tmp_path / "runs/toy"
-    (toy / "rl").mkdir(parents=True)
-    for name in ("base", "data", "rl/model"):
+    for name in ("base", "data", "sft/model", "rl/model"):
+        (toy / name).parent.mkdir(parents=True, exist_ok=True)
         (toy / name).symlink_to(TOY_RUN / name)
     assert launch(2, "annotate.py", cwd=tmp_path).wait(600) == 0
     report = json.loads((toy / "cot.json.report.json").read_text())
     assert report["kept"] > 0.75 * report["rows"]
+    assert report["unusable"] == 0
 
-    learn = ["--model", "runs/toy/base", "--data", "runs/toy/cot.json", "--data_root",
-             "runs/toy/data", "--output_dir", "runs/toy/chain", "--max_steps", "360",
-             "--learning_rate", "1e-3", "--warmup_steps", "10", "--max_grad_norm", "1",
+    learn = ["--model", "runs/toy/sft/model", "--data", "runs/toy/cot.json", "--data_root",
+             "runs/toy/data", "--output_dir", "runs/toy/learnt", "--max_steps", "120",
+             "--learning_rate", "3e-4", "--warmup_steps", "10", "--max_grad_norm", "1",
              "--prompts_per_rank", "16", "--max_frames", "8", "--num_workers", "1",
              "--activation_checkpointing", "false"]  # fmt: skip
-    assert launch(2, "train_sft.py", *learn, cwd=tmp_path).wait(900) == 0
-    test = ["--model", "runs/toy/chain/model", "--data", "runs/toy/data/test.json",
-            "--max_frames", "8", "--batch_size", "64", "--max_new_tokens", "40",
-            "--order", "ordered,shuffled"]  # fmt: skip
-    assert launch(2, "eval.py", *test, cwd=tmp_path).wait(300) == 0
+    assert launch(2, "train_sft.py", *learn, cwd=tmp_path).wait(600) == 0
     found = {}
-    for order in ("ordered", "shuffled"):
-        (file,) = (tmp_path / "runs/eval").rglob(f"test.{order}.summary.json")
-        found[order] = json.loads(file.read_text())["accuracy"]
-    assert found["ordered"] > 0.75
-    assert found["ordered"] > found["shuffled"] + 0.3
-    assert set(report["dropped"]) == set(RULES)
+    for stage in ("sft", "learnt"):
+        test = ["--model", f"runs/toy/{stage}/model", "--data", "runs/toy/data/test.json",
+                "--max_frames", "8", "--batch_size", "64", "--max_new_tokens", "40",
+                "--order", "ordered,shuffled", "--output_dir", f"runs/{stage}"]  # fmt: skip
+        assert launch(2, "eval.py", *test, cwd=tmp_path).wait(300) == 0
+        for file in (tmp_path / f"runs/{stage}").rglob("test.*.summary.json"):
+            summary = json.loads(file.read_text())
+            found[stage, summary["order"]] = summary["accuracy"]
+    assert found["learnt", "ordered"] > found["sft", "ordered"] + 0.05
+    gaps = {
+        stage: found[stage, "ordered"] - found[stage, "shuffled"] for stage in ("sft", "learnt")
+    }
+    assert gaps["learnt"] > gaps["sft"] + 0.05

@@ -15,6 +15,7 @@ from checkpoint import export_model
 from data import UnusableSample
 from distributed import process_group
 from model import (
+    TokenLogprobs,
     enable_checkpointing,
     forbidden_tokens,
     group_logprobs,
@@ -135,13 +136,50 @@ def test_logits_exist_in_chunks_only(toy_folder, base, tokenizer, monkeypatch):
     model = plain.shake(load_model(str(base), CPU))
     prompts = plain.toy_prompts(toy_folder, tokenizer, ["video"])
     ids, mask = responses([[9, 8, 7]])
-    whole = group_logprobs(model, prompts, ids, mask)
-    rows = []
-    model.lm_head.register_forward_hook(lambda _, __, output: rows.append(len(output)))
+
+    def both():
+        model.zero_grad()
+        logps = group_logprobs(model, prompts, ids, mask)
+        (logps * torch.arange(logps.numel()).view_as(logps)).sum().backward()
+        return logps.detach(), [parameter.grad for parameter in model.parameters()]
+
+    whole, whole_grads = both()
+    rows, make_logits = [], model_module._logits
+
+    def counted(hidden, *rest):
+        rows.append(len(hidden))
+        return make_logits(hidden, *rest)
+
+    monkeypatch.setattr(model_module, "_logits", counted)
     monkeypatch.setattr(model_module, "LOGITS_PER_CHUNK", 5 * model.lm_head.weight.shape[0])
-    chunked = group_logprobs(model, prompts, ids, mask)
-    assert rows == [5, 5, 5, 5, 4]  # 24 response tokens; none for the prompt
+    chunked, chunked_grads = both()
+    # 24 response tokens, none for the prompt; once forward and once backward.
+    assert rows == [5, 5, 5, 5, 4] * 2
     torch.testing.assert_close(chunked, whole, atol=1e-6, rtol=0)
+    for mine, other in zip(chunked_grads, whole_grads, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-5 * float(other.abs().max()), rtol=1e-5)
+
+
+def test_token_logprobs_against_autograd():
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(rows, 6, generator=generator, dtype=torch.float64)
+                      for rows in (7, 11))  # fmt: skip
+    targets, forbidden = torch.tensor([1, 3, 3, 0, 10, 5, 9]), torch.tensor([2, 4])
+    grad = torch.randn(7, generator=generator)
+    results = []
+    for fast in (True, False):
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        if fast:
+            logps = TokenLogprobs.apply(*leaves, targets, forbidden)
+        else:
+            logits = (leaves[0] @ leaves[1].T).index_fill(1, forbidden, -torch.inf)
+            logps = logits.log_softmax(1).gather(1, targets[:, None])[:, 0]
+        logps.backward(grad.to(logps.dtype))
+        results.append([logps.detach().double(), *(leaf.grad for leaf in leaves)])
+    for mine, other in zip(*results, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-6, rtol=1e-5)
+    empty = TokenLogprobs.apply(hidden[:0], weight, targets[:0], forbidden)
+    assert empty.shape == (0,)
 
 
 def test_activation_checkpointing_changes_no_gradient(toy_folder, base, tokenizer):
