@@ -126,7 +126,8 @@ def answer(
             answers += [Answer(rollout.prompt.sample, rollout) for rollout in rollouts]
         elif is_sharded(model):
             blank = _blank_prompt(tokenizer, settings.prompt_options)
-            sample_groups(model, tokenizer, [blank], [[(0,)]], 1)
+            # As long as the others: this rank goes on for as long as one of them does.
+            sample_groups(model, tokenizer, [blank], [[(0,)]], *decoding)
         if samples:
             yield number, answers
 

@@ -18,8 +18,8 @@ vision block, and the root with embedding, lm_head, final norm, patch embedding 
                                  backward: the policy's root is not resharded in between
                         saved    with checkpointing the input of each layer and block, and all of
                                  one of them again in the backward pass; without, all of all
-                        logits   in chunks of LOGITS_PER_CHUNK, in the backward pass 4 float32
-                                 copies: logits, softmax, and the gradients of its two terms
+                        logits   in chunks of LOGITS_PER_CHUNK, in float32, where their gradient
+                                 takes their place, and as the matrix product gives them
                         4 P / W  gradients; a group's are c before, and 4 in the reduction
 
 Exact, and compared with counted bytes in tests/test_benchmarks.py: parameters, shards, optimizer,
@@ -382,9 +382,9 @@ def update_phases(config, flags: MemoryConfig, groups: Groups, row: Pass, learni
             "in flight": pixels + hidden + max(work, 8 * logits),
         },
         "backward: logits": {
-            fsdp: root + head * (2 if logits < row.responses * text.vocab_size else 1),
+            fsdp: root + head,  # and the gradient of lm_head
             "saved activations": kept + hidden,
-            "in flight": pixels + 16 * logits,
+            "in flight": pixels + (4 + c) * logits,
         },
         "backward: layers": {
             # A layer's gradients, and the reduction of those before.

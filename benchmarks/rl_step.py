@@ -238,10 +238,10 @@ def agreement(system: System, config: RLConfig, video: str) -> float:
     batch = read_prompts(system, config, video, step=0)
     with unsharded(system.policy):
         rollout, _ = sample_rollouts(system.policy, system.tokenizer, batch, config, step=0)[0]
-    ids, mask = rollout.completion_ids, rollout.completion_mask
-    packed = group_logprobs(system.policy, [rollout.prompt], ids[None], mask[None])[0]
-    forbidden = forbidden_tokens(system.policy.config)
-    plain = copies_logprobs(system.policy, rollout, forbidden)
+        ids, mask = rollout.completion_ids, rollout.completion_mask
+        packed = group_logprobs(system.policy, [rollout.prompt], ids[None], mask[None])[0]
+        forbidden = forbidden_tokens(system.policy.config)
+        plain = copies_logprobs(system.policy, rollout, forbidden)
     return float(torch.where(mask.to(plain.device), packed - plain, 0.0).abs().max())
 
 

@@ -327,11 +327,11 @@ def test_which_checkpoints_are_kept(tmp_path, keep_last, keep_best, expected):
 
 
 @pytest.fixture(scope="module")
-def val_data(toy):
+def val_data(toy, tmp_path_factory):
     """Eight rows of the toy's test set, videos and images."""
     rows = json.loads((toy / "data/test.json").read_text())
     kinds = [[row for row in rows if row["data_type"] == kind] for kind in ("video", "image")]
-    file = toy / "data/validation.json"
+    file = tmp_path_factory.mktemp("validation") / "rows.json"
     file.write_text(json.dumps(kinds[0][:5] + kinds[1][:3]))
     return file
 
@@ -343,7 +343,7 @@ def validation_of(folder):
 def test_validation_during_training(toy, val_data, tmp_path):
     folder = tmp_path / "run"
     flags = {"val_data": str(val_data), "val_every": 2, "max_new_tokens": 8, "keep_last": 1}
-    flags["max_steps"] = 5
+    flags |= {"max_steps": 5, "data_root": str(toy / "data")}
     run(toy, folder, **flags, keep_best="val_accuracy")
     records = validation_of(folder)
     assert [record["step"] for record in records] == [0, 2, 4, 5]
@@ -357,7 +357,7 @@ def test_validation_during_training(toy, val_data, tmp_path):
     tokenizer = load_tokenizer(str(folder / "model"))
     options = load_normalisation(str(folder / "model"))
     settings = AnswerSettings(config(toy, folder).limits(), options, max_new_tokens=8)
-    samples = load_samples(val_data)
+    samples = load_samples(val_data, toy / "data")
     with DecoderPool(1, 60) as pool:
         ((_, answers),) = answer(model, tokenizer, [(0, samples)], pool, settings)
     scores = [score_item(one.rollout.texts[0], one.sample) for one in answers]
@@ -366,6 +366,7 @@ def test_validation_during_training(toy, val_data, tmp_path):
 
 def test_validation_goes_on_after_a_kill(toy, val_data, tmp_path):
     flags = {"val_data": str(val_data), "val_every": 2, "max_new_tokens": 8, "max_steps": 5}
+    flags["data_root"] = str(toy / "data")
     run(toy, tmp_path / "whole", **flags)
     run_killed(toy, tmp_path / "killed", 3, **flags)
     assert len(validation_of(tmp_path / "killed")) == 2
