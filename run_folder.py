@@ -273,10 +273,12 @@ class RunFolder:
         if not validation.is_due(step, self.total_steps):
             return
         self.world.watch.at(f"step {step}, validation")
+        begun = time.perf_counter()
         found = validation(model)
         if found is None:
             return
-        self.records("validation.jsonl", [{"step": step, **found}])
+        seconds = time.perf_counter() - begun
+        self.records("validation.jsonl", [{"step": step, **found, "seconds": seconds}])
         keys = ("accuracy", "accuracy_shuffled", "gap")
         self.validated = {f"val_{key}": found[key] for key in keys}
         words = [f"{key} {_short(value)}" for key, value in self.validated.items()]

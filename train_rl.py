@@ -308,8 +308,7 @@ def train(config: RLConfig, world: World) -> bool:
                 logps_ref = [logprobs(reference, batch) for batch in batches]
             with timer("update"):
                 updated = update_policy(policy, optimizer, batches, logps_ref, config, world, rate)
-            with timer("validation"):
-                this_run.validate(validation, policy, step + 1)
+            this_run.validate(validation, policy, step + 1)
             log_step(step, groups, updated, rate, loader.sync(), timer, this_run, alarms)
             if this_run.end_step(step, loader, policy, optimizer):
                 return False

@@ -126,8 +126,7 @@ def train(config: SFTConfig, world: World) -> bool:
             with timer("update"):
                 loss = accumulate_gradients(model, batch, num_tokens, config, world)
                 grad_norm = update(model, optimizer, rate, config.max_grad_norm)
-            with timer("validation"):
-                this_run.validate(validation, model, step + 1)
+            this_run.validate(validation, model, step + 1)
             skipped = loader.sync()
             this_run.records("skipped.jsonl", skipped)
             is_bad = not math.isfinite(grad_norm)

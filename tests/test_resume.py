@@ -337,7 +337,9 @@ def val_data(toy, tmp_path_factory):
 
 
 def validation_of(folder):
-    return [json.loads(line) for line in (folder / "validation.jsonl").open()]
+    records = [json.loads(line) for line in (folder / "validation.jsonl").open()]
+    assert all(record.pop("seconds") > 0 for record in records)
+    return records
 
 
 def test_validation_during_training(toy, val_data, tmp_path):
