@@ -17,13 +17,10 @@ class Meter:
     Phases nest. A phase's seconds and peak are its own, without those of the phases inside it;
     together the seconds are the whole time spent in phases. A phase that is entered several times
     has the sum of its seconds and the largest of its peaks.
-
-    trim: hand freed memory back at every change of phase, so that a phase's peak holds nothing that
-    an earlier one has freed and the C library keeps. It takes time: not where seconds are measured.
     """
 
-    def __init__(self, device: torch.device, trim: bool = False):
-        self.device, self.trim = device, trim
+    def __init__(self, device: torch.device):
+        self.device = device
         self.seconds: dict[str, float] = {}
         self.peaks: dict[str, int] = {}  # bytes
         self.open: list[str] = []
@@ -48,8 +45,6 @@ class Meter:
             phase = self.open[-1]
             self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.start
             self.peaks[phase] = max(self.peaks.get(phase, 0), peak_bytes(self.device))
-        if self.trim:
-            release_memory()
         reset_peak(self.device)
         self.start = time.perf_counter()
 
@@ -121,6 +116,15 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def keep_no_freed_memory() -> None:
+    """From now on a freed tensor's memory leaves the process at once, which the C library would
+    rather keep for tensors below 32 MiB: what is resident is then what is in use. Slow."""
+    if sys.platform == "linux":
+        m_mmap_threshold, m_mmap_max = -3, -4  # glibc's malloc.h
+        ctypes.CDLL(None).mallopt(m_mmap_threshold, 2**16)
+        ctypes.CDLL(None).mallopt(m_mmap_max, 2**20)
 
 
 def _status(kind: str) -> int:

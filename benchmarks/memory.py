@@ -45,7 +45,7 @@ from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalG
 import toy
 from benchmarks import rl_step
 from benchmarks.counting import cache_bytes_per_token
-from benchmarks.measure import release_memory, used_bytes
+from benchmarks.measure import keep_no_freed_memory, release_memory, used_bytes
 from config import FlagParser, flag, require
 from distributed import World, log, process_group, run
 from model import LOGITS_PER_CHUNK, resolve_folder
@@ -497,15 +497,14 @@ def check(flags: MemoryConfig, world: World) -> dict[str, tuple[int, int]]:
         step_config = rl_step.StepConfig(**shared, video=str(clip))
         config = step_config.rl_config()
         config.freeze_vision = flags.freeze_vision
+        keep_no_freed_memory()
         square = torch.ones(512, 512, device=world.device)
         square @ square  # libraries load, and start their threads
         release_memory()
         before = used_bytes(world.device)
         system = rl_step.load_system(config, world)
         for step in range(2):  # the optimizer's state comes with the first
-            measured = rl_step.measure_step(
-                rl_step.our_step, system, config, str(clip), step, trim=True
-            )
+            measured = rl_step.measure_step(rl_step.our_step, system, config, str(clip), step)
     load = measured["load"]
     text_tokens = load.prompt_tokens[0] - load.tokens()["vision"] // len(load.grids)
     flags = dataclasses.replace(flags, num_gpus=world.size, text_tokens=text_tokens)

@@ -197,13 +197,11 @@ def split_phases(system: System, meter: Meter) -> Iterator[None]:
         yield
 
 
-def measure_step(
-    take_step, system: System, config: RLConfig, video: str, step: int, trim: bool = False
-) -> dict:
+def measure_step(take_step, system: System, config: RLConfig, video: str, step: int) -> dict:
     """One step of a recipe: seconds and peak memory by phase, in bytes, and its load."""
     gc.collect()
     release_memory()
-    meter = Meter(system.world.device, trim)
+    meter = Meter(system.world.device)
     before = used_bytes(system.world.device)
     never = forbidden_tokens(system.policy.config)[:1]
     with split_phases(system, meter), patched(sampling, "end_tokens", lambda _: never):
@@ -290,6 +288,10 @@ def machine_facts(device: torch.device) -> dict:
     }
 
 
+def count_threads(machine: dict) -> str:
+    return "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+
+
 def num_decode_weights(model) -> int:
     """Parameters that a decoded token reads: layers, final norm, lm_head."""
     inner = model.model.language_model
@@ -374,7 +376,7 @@ def table(results: dict, machine: dict) -> str:
         f"{tokens['sampled']}, which is {sampled:.1f} a second",
         f"decode has to read {results['decode_bytes'] / 1e9:.1f} GB, "
         f"{results['decode_share_of_copy']:.0%} of what a copy moves in its time",
-        f"{machine['device']}, {machine['threads']} threads, {machine['compute_dtype']}: matrix "
+        f"{machine['device']}, {count_threads(machine)}, {machine['compute_dtype']}: matrix "
         f"product {machine['matmul_flops'] / 1e9:.0f} GFLOP/s, copy "
         f"{machine['copy_bytes'] / 1e9:.1f} GB/s",
     ]
@@ -449,7 +451,9 @@ def draw(results: dict[str, list[dict]], title: str):
         axes.plot(x, total, "o-", color="black", label="whole step")
         linear = [total[0] * value / x[0] for value in x]
         axes.plot(x, linear, "--", color="#D55E00", label="growing linearly")
-        axes.set(xlabel=SWEEPS[axis][0], ylabel="seconds", xticks=x, ylim=(0, 1.05 * max(linear)))
+        axes.set(
+            xlabel=SWEEPS[axis][0], ylabel="seconds", xticks=x, ylim=(0, 1.05 * max(linear + total))
+        )
         axes.set_xlim(x[0], x[-1])
         axes.grid(alpha=0.3)
     figure.axes[0].legend(loc="upper left", frameon=False)
@@ -488,7 +492,7 @@ def measure(config: StepConfig, world: World) -> dict:
         results["sweep"] = sweep(system, config)
         title = (
             f"One T-GRPO step, {num_parameters / 1e6:.0f} M parameters, {machine['device']} "
-            f"({machine['threads']} threads), {machine['compute_dtype']}"
+            f"({count_threads(machine)}), {machine['compute_dtype']}"
         )
         draw(results["sweep"], title).savefig(config.figure, dpi=120)
         log(f"figure written to {config.figure}")

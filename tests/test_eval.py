@@ -567,7 +567,7 @@ def test_benchmarks_are_found_below_the_root(tmp_path, where):
         pytest.param("--model m --vidoe x", "--video?", id="misspelt"),
         pytest.param("--compare a", "two", id="one-to-compare"),
         pytest.param("--compare a b", "a does not exist", id="nothing-to-compare"),
-        pytest.param("--compare . README.md", "no <benchmark>", id="no-results"),
+        pytest.param("--compare tests README.md", "no <benchmark>", id="no-results"),
         pytest.param("--table none", "none", id="no-folder"),
         pytest.param("--table tests", "no summary", id="no-summaries"),
         pytest.param("--judge m", "results files", id="judge-alone"),
