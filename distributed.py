@@ -69,6 +69,9 @@ def process_group(timeout: float = 1800, replicas: int = 1) -> Iterator[World]:
     store: dist.Store = dist.HashStore()
     if "RANK" in os.environ:
         store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+        # torchrun keeps its store over a restart, with the addresses of the ranks that are gone.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"attempt_{attempt}", store)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.PrefixStore("group", store),
         rank=rank, world_size=size, timeout=timedelta(seconds=timeout),

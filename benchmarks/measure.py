@@ -123,7 +123,7 @@ def keep_no_freed_memory() -> None:
     rather keep for tensors below 32 MiB: what is resident is then what is in use. Slow."""
     if sys.platform == "linux":
         m_mmap_threshold, m_mmap_max = -3, -4  # glibc's malloc.h
-        ctypes.CDLL(None).mallopt(m_mmap_threshold, 2**16)
+        ctypes.CDLL(None).mallopt(m_mmap_threshold, 2**20)
         ctypes.CDLL(None).mallopt(m_mmap_max, 2**20)
 
 
