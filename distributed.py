@@ -226,6 +226,10 @@ class Watch:
     def __enter__(self) -> "Watch":
         if self.size > 1:
             Watch.current = self
+            # Every rank is known from here on: one that is lost within its first second is missed.
+            self._tell(self.place)
+            self.store.wait([f"beat/{rank}" for rank in range(self.size)])
+            self._look()
             self.thread.start()
         return self
 

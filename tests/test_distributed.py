@@ -6,14 +6,17 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT
 from ranks import UNUSABLE
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
+from distributed import Watch
 from model import hub_name
 
 TIMINGS = ("seconds", "tokens_per_second", "peak_memory_gib")
@@ -215,3 +218,14 @@ def test_the_exported_model_opens_in_transformers_and_has_moved(runs, toy_folder
             assert mine.dtype == theirs.dtype == torch.float32
             assert not torch.equal(mine, theirs), key
             assert torch.isfinite(mine).all(), key
+
+
+def test_a_rank_that_stops_after_its_first_beat_is_missed():
+    store = dist.HashStore()
+    store.set("beat/1", json.dumps({"number": 1, "place": "the start", "pid": 0, "host": "far"}))
+    with Watch(store, rank=0, size=2, timeout=1000) as watch:
+        assert not watch.lost(60)
+        time.sleep(0.2)
+        assert list(watch.lost(0.1)) == [0, 1]  # this rank's own second beat is due after a second
+        assert watch.lost(0.1)[1]["place"] == "the start"
+    Watch.current = None

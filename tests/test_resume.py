@@ -607,7 +607,7 @@ def test_another_number_of_processes_takes_no_sample_twice_and_loses_none(killed
 def test_a_stopped_rank_ends_the_job_within_the_timeout(killed_base):
     folder = killed_base / "hangs"
     process = kills.start("sft", folder, "--timeout", "30", "--max_steps", "1000")
-    kills.wait_until(lambda: len(logged(folder)) >= 2, 100, "two steps are done")
+    kills.wait_until(lambda: len(logged(folder)) >= 20, 100, "steps are done over some seconds")
     rank = kills.children(process.pid)[1]
     os.kill(rank, signal.SIGSTOP)
     begun = time.monotonic()
