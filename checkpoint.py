@@ -30,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
 from distributed import World, log, main_does
@@ -81,6 +82,17 @@ class Checkpoints:
         self.keep_last, self.keep_best = keep_last, keep_best
         # A group of its own: its collectives run beside those of the training.
         self.group = dist.new_group(backend="gloo")
+        # It keeps its copy of the state in host memory for the next save: on CPU fresh memory costs
+        # ten times what the copying does.
+        self.stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=False, use_shared_memory=False, use_async_staging=False,
+                use_non_blocking_copy=False,
+            )
+        )  # fmt: skip
+        # torch.save would hold the interpreter, and with it the training, for checksums of its own;
+        # the manifest has one of every file.
+        torch.serialization.set_crc32_options(False)
         self.finisher = ThreadPoolExecutor(1, "checkpoint")
         self.pending: Future | None = None
         self.pending_step = 0
@@ -118,6 +130,7 @@ class Checkpoints:
             training_state(model, optimizer),
             storage_writer=FileSystemWriter(hidden),
             process_group=self.group,
+            async_stager=self.stager,
         )
         self.pending, self.pending_step = written, step
         if self.world.is_main:

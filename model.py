@@ -38,8 +38,10 @@ from transformers.masking_utils import sdpa_mask
 
 from data import UnusableSample
 
-# Logits of so many (token, vocabulary) pairs exist at a time: 128 MiB in float32.
-LOGITS_PER_CHUNK = 2**25
+# Logits of so many (token, vocabulary) pairs exist at a time: 128 MiB in float32 keep a GPU busy,
+# 4 MiB stay in a CPU's cache. A product with fewer columns than MIN_BLOCK would be slow.
+LOGITS_PER_BLOCK = {"cuda": 2**25, "cpu": 2**20}
+MIN_BLOCK = 1024
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]  # no code, nothing pickled
 PACKED = "packed"  # the name of our attention among those of transformers
 
@@ -143,6 +145,8 @@ class Pack:
 def _move(record, device: torch.device):
     """A copy of a dataclass with its tensors on a device."""
     tensors = {name: value for name, value in vars(record).items() if isinstance(value, Tensor)}
+    if device.type == "cuda":  # from pinned memory the GPU takes them while Python goes on
+        tensors = {name: value.pin_memory() for name, value in tensors.items()}
     moved = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
     return replace(record, **moved)
 
@@ -320,7 +324,7 @@ def packed_prefill(model, pack: Pack) -> DynamicCache:
     return cache
 
 
-def packed_logprobs(model, pack: Pack, forbidden: Tensor) -> Tensor:
+def packed_logprobs(model, pack: Pack, forbidden: list[int]) -> Tensor:
     """Log-probabilities, float32 (M,), of the response tokens of a packed row."""
     hidden = _packed_hidden(model, pack)
     # The last prompt token predicts the first token of all G responses: the backward of
@@ -332,46 +336,66 @@ def packed_logprobs(model, pack: Pack, forbidden: Tensor) -> Tensor:
 class TokenLogprobs(torch.autograd.Function):
     """log softmax(hidden @ weight.T)[targets] in float32, forbidden tokens at -inf.
 
-    Logits exist for a chunk of tokens at a time, and are made again in the backward pass, where
-    their gradient, grad * (one-hot - softmax), takes their place in memory. What autograd would do
-    instead costs half as much again in time, and several such chunks.
+    Logits exist for a block of the vocabulary at a time, and are made again in the backward pass.
+    There, with p the softmax and y the one-hot target, d logp / d logits = y - p takes their place.
+    Each block of weight.grad is written once. A loop over blocks of tokens would add to all of it
+    again and again.
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, forbidden: Tensor) -> Tensor:
-        """hidden: (M, D). weight: (V, D). targets: int64 (M,). forbidden: int64 ids. -> (M,)."""
-        logps, normalisers = [], []
-        for rows in _chunks(hidden, weight):
-            logits = _logits(hidden[rows], weight, forbidden)  # (rows, V)
-            normaliser = logits.logsumexp(1)
-            logps.append(logits.gather(1, targets[rows, None])[:, 0] - normaliser)
-            normalisers.append(normaliser)
-        ctx.save_for_backward(hidden, weight, targets, forbidden, torch.cat(normalisers))
-        return torch.cat(logps)
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, forbidden: list[int]
+    ) -> Tensor:
+        """hidden: (M, D). weight: (V, D). targets: int64 (M,). Returns (M,)."""
+        chosen = torch.zeros(len(hidden), device=hidden.device)
+        normalisers = []
+        for block in _vocabulary_blocks(hidden, weight):
+            logits = _logits(hidden, weight, block, forbidden)  # (M, tokens of the block)
+            inside, columns = _targets_in(block, targets)
+            chosen = torch.where(inside, logits.gather(1, columns[:, None])[:, 0], chosen)
+            normalisers.append(logits.logsumexp(1))
+        normaliser = torch.stack(normalisers, 1).logsumexp(1)
+        ctx.save_for_backward(hidden, weight, targets, normaliser)
+        ctx.forbidden = forbidden
+        return chosen - normaliser
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        hidden, weight, targets, forbidden, normalisers = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        for rows in _chunks(hidden, weight):
-            logits = _logits(hidden[rows], weight, forbidden)
-            grads = logits.sub_(normalisers[rows, None]).exp_().mul_(-grad[rows, None])
-            grads = grads.scatter_add_(1, targets[rows, None], grad[rows, None]).to(hidden.dtype)
-            grad_hidden[rows] = grads @ weight
+        hidden, weight, targets, normaliser = ctx.saved_tensors
+        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)  # a sum over the blocks
+        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        scaled = (hidden * -grad[:, None]).to(hidden.dtype)
+        for block in _vocabulary_blocks(hidden, weight):
+            logits = _logits(hidden, weight, block, ctx.forbidden)
+            probabilities = logits.sub_(normaliser[:, None]).exp_()
+            inside, columns = _targets_in(block, targets)
+            probabilities.scatter_add_(1, columns[:, None], -inside.float()[:, None])  # p - y
+            difference = probabilities.to(hidden.dtype)
+            grad_hidden += difference @ weight[block]
             if grad_weight is not None:
-                grad_weight.addmm_(grads.T, hidden[rows])
+                torch.mm(difference.T, scaled, out=grad_weight[block])
+        grad_hidden = grad_hidden.mul_(-grad[:, None]).to(hidden.dtype)
         return grad_hidden, grad_weight, None, None
 
 
-def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
-    """Slices of the tokens, so that each has LOGITS_PER_CHUNK logits at most."""
-    rows = max(1, LOGITS_PER_CHUNK // weight.shape[0])
-    return [slice(start, start + rows) for start in range(0, max(1, len(hidden)), rows)]
+def _vocabulary_blocks(hidden: Tensor, weight: Tensor) -> list[slice]:
+    """Slices of the vocabulary with LOGITS_PER_BLOCK logits each, of all tokens."""
+    width = max(MIN_BLOCK, LOGITS_PER_BLOCK[hidden.device.type] // max(1, len(hidden)))
+    return [slice(start, start + width) for start in range(0, len(weight), width)]
 
 
-def _logits(hidden: Tensor, weight: Tensor, forbidden: Tensor) -> Tensor:
-    return (hidden @ weight.T).float().index_fill_(1, forbidden, -torch.inf)
+def _logits(hidden: Tensor, weight: Tensor, block: slice, forbidden: list[int]) -> Tensor:
+    logits = (hidden @ weight[block].T).float()
+    for token in forbidden:
+        if block.start <= token < block.stop:
+            logits[:, token - block.start] = -torch.inf
+    return logits
+
+
+def _targets_in(block: slice, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Which targets lie in a block, bool (M,), and their columns in it, int64 (M,), else 0."""
+    inside = (targets >= block.start) & (targets < block.stop)
+    return inside, torch.where(inside, targets - block.start, 0)
 
 
 def group_logprobs(model, prompts: list, completion_ids: Tensor, completion_mask: Tensor) -> Tensor:
@@ -399,8 +423,8 @@ def group_logprobs(model, prompts: list, completion_ids: Tensor, completion_mask
     device = model.lm_head.weight.device
     tokens_per_second = model.config.vision_config.tokens_per_second
     pack = pack_groups(prompts, responses, tokens_per_second).to(device)
-    forbidden = torch.tensor(forbidden_tokens(model.config), device=device)
-    logps = model.packed_logprobs(pack, forbidden)  # (M,), in the order of the mask's true places
+    # (M,), in the order of the mask's true places
+    logps = model.packed_logprobs(pack, forbidden_tokens(model.config))
     padded = torch.zeros(mask.shape, dtype=logps.dtype, device=device)
     return padded.masked_scatter(mask.to(device), logps)
 

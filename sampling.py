@@ -3,7 +3,7 @@
 A token is drawn by inverting the cumulative distribution at one uniform number per row and step.
 The numbers come from a generator that is seeded for each row, so a response depends on its own
 seed and not on which rows share its batch or its rank. torch.multinomial would cost 26 ms per
-token with Qwen's vocabulary and 12 rows on two CPU cores, this costs under 1 ms.
+token with Qwen's vocabulary and 12 rows on two CPU cores, this costs 2 ms.
 
 Shapes: P prompts, R rows (all responses of all prompts), S prompt tokens of the longest prompt,
 T response tokens of the longest response, V vocabulary.
@@ -11,6 +11,7 @@ T response tokens of the longest response, V vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import MethodType
 
 import numpy as np
 import torch
@@ -188,10 +189,25 @@ def _generate(model, generation_config: GenerationConfig, **inputs) -> Tensor:
     Qwen2.5-VL has a repetition penalty and a temperature near zero.
     """
     checkpoints_own, model.generation_config = model.generation_config, GenerationConfig()
+    model.lm_head.forward = MethodType(lm_head, model.lm_head)
     try:
         return model.generate(generation_config=generation_config, **inputs)
     finally:
         model.generation_config = checkpoints_own
+        del model.lm_head.forward  # the class' own is behind it
+
+
+def lm_head(linear: torch.nn.Linear, hidden: Tensor) -> Tensor:
+    """hidden @ weight.T for the few rows of a decoding step: (R, 1, D) to (R, 1, V).
+
+    On CPU it is most of a small model's step, and a 1x1 convolution over an image whose pixels are
+    the vocabulary: oneDNN takes 14 ms for 12 rows of Qwen's, MKL's matrix product 30.
+    """
+    if hidden.device.type != "cpu":
+        return torch.nn.functional.linear(hidden, linear.weight)
+    image = linear.weight[None, None].permute(0, 3, 1, 2)  # (1, D, 1, V), as it lies in memory
+    logits = torch.conv2d(image, hidden[:, 0, :, None, None])  # (1, R, 1, V)
+    return logits[0].contiguous()
 
 
 def batch_rows(pack: Pack, group_sizes: list[int], pad_token: int) -> dict[str, Tensor]:

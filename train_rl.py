@@ -241,9 +241,6 @@ def update_policy(
             mask = completions(groups)[1].to(logp.device)
             if iteration == 0:  # before the first update the policy is the one that sampled
                 logps_old.append(logp.detach())
-                sampled = stack([group.ordered.sampler_logps for group in groups])
-                metrics["gap_sum"] += float((sampled - logp.detach().cpu()).abs().sum())
-                metrics["gap_count"] += int(mask.sum())
             advantages = torch.stack([group.advantages for group in groups]).to(logp.device)
             loss, parts = tgrpo_loss(
                 logp, logps_old[number], logps_ref[number], advantages, mask,
@@ -253,8 +250,13 @@ def update_policy(
             # ranks. FSDP averages the ranks' gradients, so their number is multiplied back in.
             weight = len(groups) / total_prompts
             (loss * weight * world.size).backward()
+            # What waits for the GPU comes after all of its work has been asked for.
             for name, value in {"loss": loss.detach(), **parts}.items():
                 metrics[name] += float(value) * weight / config.num_iterations
+            if iteration == 0:
+                sampled = stack([group.ordered.sampler_logps for group in groups])
+                metrics["gap_sum"] += float((sampled - logps_old[number].cpu()).abs().sum())
+                metrics["gap_count"] += int(mask.sum())
         metrics["grad_norm"] = update(policy, optimizer, learning_rate, config.max_grad_norm)
         metrics["bad_updates"] += not math.isfinite(metrics["grad_norm"])
     return metrics

@@ -13,7 +13,6 @@ import os
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import Tensor
 
 import toy
@@ -72,7 +71,7 @@ def accumulate_gradients(
     num_tokens: response tokens of the step over all ranks and micro-batches. It is the denominator
     everywhere, so the gradient does not depend on how the batch is cut.
     """
-    forbidden = torch.tensor(forbidden_tokens(model.config), device=world.device)
+    forbidden = forbidden_tokens(model.config)
     tokens_per_second = model.config.vision_config.tokens_per_second
     loss = 0.0
     lengths = [len(prompt.input_ids) + len(response) for prompt, response in batch]

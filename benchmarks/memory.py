@@ -18,8 +18,8 @@ vision block, and the root with embedding, lm_head, final norm, patch embedding 
                                  backward: the policy's root is not resharded in between
                         saved    with checkpointing the input of each layer and block, and all of
                                  one of them again in the backward pass; without, all of all
-                        logits   in chunks of LOGITS_PER_CHUNK, in float32, where their gradient
-                                 takes their place, and as the matrix product gives them
+                        logits   a block of the vocabulary at a time (model.LOGITS_PER_BLOCK), in
+                                 float32 and as the matrix product gives and takes them
                         4 P / W  gradients; a group's are c before, and 4 in the reduction
 
 Exact, and compared with counted bytes in tests/test_benchmarks.py: parameters, shards, optimizer,
@@ -48,7 +48,7 @@ from benchmarks.counting import cache_bytes_per_token
 from benchmarks.measure import keep_no_freed_memory, release_memory, used_bytes
 from config import FlagParser, flag, require
 from distributed import World, log, process_group, run
-from model import LOGITS_PER_CHUNK, resolve_folder
+from model import LOGITS_PER_BLOCK, MIN_BLOCK, resolve_folder
 
 GIB = 2**30
 RESERVE = 0.1  # of a GPU: CUDA, NCCL, cuBLAS, fragmentation. A guess: measured on no such machine
@@ -288,10 +288,10 @@ def in_flight(config: Qwen2_5_VLConfig, tokens: int, patches: int, keys: int, c:
     return max(mlp, attention, block_mlp, rotary)
 
 
-def chunk_logits(config: Qwen2_5_VLConfig, num_tokens: int) -> int:
-    """Logits of one chunk: numbers."""
-    vocabulary = config.get_text_config().vocab_size
-    return min(num_tokens, max(1, LOGITS_PER_CHUNK // vocabulary)) * vocabulary
+def block_logits(config: Qwen2_5_VLConfig, num_tokens: int, on_gpu: bool) -> int:
+    """Logits of one block of the vocabulary (model.TokenLogprobs): numbers."""
+    width = max(MIN_BLOCK, LOGITS_PER_BLOCK["cuda" if on_gpu else "cpu"] // num_tokens)
+    return num_tokens * min(width, config.get_text_config().vocab_size)
 
 
 # ------------------------------------------------------------------------------------------ phases
@@ -358,7 +358,7 @@ def update_phases(config, flags: MemoryConfig, groups: Groups, row: Pass, learni
     gathered = (3 if num_gpus > 1 else 1) * c * largest
     root, head = c * groups.root.numel, c * text.vocab_size * text.hidden_size
     root_learns = groups.root.numel - (groups.root_vision.numel if flags.freeze_vision else 0)
-    logits = chunk_logits(config, row.responses)
+    logits = block_logits(config, row.responses, on_gpu=c == 2)
     kept = kept_by_forward(config, row, flags.activation_checkpointing, flags.freeze_vision)
     work = in_flight(config, row.tokens, row.num_prompts * row.patches, row.seen, c)
     pixels = row.num_prompts * row.patches * 1176 * (4 + c)
@@ -374,17 +374,18 @@ def update_phases(config, flags: MemoryConfig, groups: Groups, row: Pass, learni
         "gather root": {fsdp: root_gathered, "in flight": pixels},
         "reference": {
             fsdp: root + gathered,
-            "in flight": pixels + hidden + max(work, 8 * logits),
+            "in flight": pixels + hidden + max(work, (8 + c) * logits),
         },
         "forward": {
             fsdp: root + gathered,
             "saved activations": kept,
-            "in flight": pixels + hidden + max(work, 8 * logits),
+            "in flight": pixels + hidden + max(work, (8 + c) * logits),
         },
         "backward: logits": {
             fsdp: root + head,  # and the gradient of lm_head
             "saved activations": kept + hidden,
-            "in flight": pixels + (4 + c) * logits,
+            "in flight": pixels + (4 + 2 * c) * logits
+            + (4 + 2 * c) * row.responses * text.hidden_size,  # of the hidden states
         },
         "backward: layers": {
             # A layer's gradients, and the reduction of those before.

@@ -197,10 +197,17 @@ def split_phases(system: System, meter: Meter) -> Iterator[None]:
         yield
 
 
-def measure_step(take_step, system: System, config: RLConfig, video: str, step: int) -> dict:
-    """One step of a recipe: seconds and peak memory by phase, in bytes, and its load."""
+def measure_step(
+    take_step, system: System, config: RLConfig, video: str, step: int, release: bool = True
+) -> dict:
+    """One step of a recipe: seconds and peak memory by phase, in bytes, and its load.
+
+    release: begin without what earlier steps have freed, for a peak of the step's own. In a run
+        the next step takes it up again, which is quicker than fresh memory.
+    """
     gc.collect()
-    release_memory()
+    if release:
+        release_memory()
     meter = Meter(system.world.device)
     before = used_bytes(system.world.device)
     never = forbidden_tokens(system.policy.config)[:1]
@@ -246,8 +253,9 @@ def agreement(system: System, config: RLConfig, video: str) -> float:
 # --------------------------------------------------------------------------------------- results
 
 
-def summarise(measured: list[dict], flops: dict[str, int], machine: dict) -> dict:
-    """The steps of one recipe: medians of the seconds, largest of the peaks, shares."""
+def summarise(measured: list[dict], alone: dict, flops: dict[str, int], machine: dict) -> dict:
+    """One recipe: medians of the measured steps' seconds, shares, and the peaks of the step that
+    began with released memory."""
     seconds = {
         phase: statistics.median(one["seconds"][phase] for one in measured) for phase in PHASES
     }
@@ -259,7 +267,7 @@ def summarise(measured: list[dict], flops: dict[str, int], machine: dict) -> dic
     }
     total = statistics.median(totals)
     useful = sum(count for phase, count in flops.items() if phase != "recompute")
-    peaks = {phase: max(one["peaks"].get(phase, 0) for one in measured) / GIB for phase in PHASES}
+    peaks = {phase: alone["peaks"].get(phase, 0) / GIB for phase in PHASES}
     return {
         "total_seconds": total,
         "seconds": seconds,
@@ -267,9 +275,9 @@ def summarise(measured: list[dict], flops: dict[str, int], machine: dict) -> dic
         "flops": flops,
         "share_of_matmul": rates,
         "total_share_of_matmul": useful / total / machine["matmul_flops"],
-        "peak_gib": max(one["peak"] for one in measured) / GIB,
+        "peak_gib": alone["peak"] / GIB,
         "peak_gib_by_phase": peaks,
-        "before_gib": max(one["before"] for one in measured) / GIB,
+        "before_gib": alone["before"] / GIB,
     }
 
 
@@ -300,7 +308,7 @@ def num_decode_weights(model) -> int:
 
 
 def compare(system: System, config: StepConfig, machine: dict) -> dict:
-    """Both recipes in turns: warm up, check that they agree, measure."""
+    """Both recipes in turns: warm up, check that they agree, measure memory, then seconds."""
     rl_config, world = config.rl_config(), system.world
     recipes = {"ours": our_step} | ({"plain": plain_step} if config.plain else {})
     short = dataclasses.replace(rl_config, max_new_tokens=2)  # first calls allocate and look up
@@ -311,16 +319,22 @@ def compare(system: System, config: StepConfig, machine: dict) -> dict:
         gap = agreement(system, rl_config, config.video)
         in_float32 = world.device.type == "cpu"
         assert gap <= AGREEMENT or not in_float32, f"the recipes' log-probabilities differ by {gap}"
+    alone = {
+        name: measure_step(take_step, system, rl_config, config.video, step=0)
+        for name, take_step in recipes.items()
+    }
     measured: dict[str, list[dict]] = {name: [] for name in recipes}
     for step in range(1, config.repeats + 1):
         for name, take_step in recipes.items():
-            measured[name].append(measure_step(take_step, system, rl_config, config.video, step))
+            one = measure_step(take_step, system, rl_config, config.video, step, release=False)
+            measured[name].append(one)
             log(f"step {step} {name}: {sum(measured[name][-1]['seconds'].values()):.2f} s")
     load: Load = measured["ours"][0]["load"]
     counts = {"ours": our_flops, "plain": plain_flops}
     results: dict = {
         name: summarise(
             steps,
+            alone[name],
             counts[name](system.policy.config, load, config.activation_checkpointing),
             machine,
         )
@@ -402,8 +416,9 @@ def sweep(system: System, config: StepConfig) -> dict[str, list[dict]]:
     def point(settings: RLConfig) -> dict:
         key = json.dumps(dataclasses.asdict(settings))
         if key not in known:
+            alone = measure_step(our_step, system, settings, config.video, step=0)
             steps = [
-                measure_step(our_step, system, settings, config.video, step)
+                measure_step(our_step, system, settings, config.video, step, release=False)
                 for step in range(1, config.repeats + 1)
             ]
             totals = [sum(one["seconds"].values()) for one in steps]
@@ -411,7 +426,7 @@ def sweep(system: System, config: StepConfig) -> dict[str, list[dict]]:
             known[key] = {
                 "seconds": middle["seconds"],
                 "total_seconds": sum(middle["seconds"].values()),
-                "peak_gib": max(one["peak"] for one in steps) / GIB,
+                "peak_gib": alone["peak"] / GIB,
                 "tokens": middle["load"].tokens(),
             }
         return known[key]

@@ -74,8 +74,8 @@ def test_both_recipes_take_a_step_and_write_what_they_promise(
     monkeypatch.setattr(sys, "argv", ["rl_step.py", *arguments])
     rl_step.main()
 
-    # Two prompts, warm-up and step of two recipes: every response has the length asked for.
-    assert lengths == [[2] * 5] * 4 + [[TOKENS] * 5] * 4
+    # Two prompts, warm-up, memory and seconds of two recipes: all of the length asked for.
+    assert lengths == [[2] * 5] * 4 + [[TOKENS] * 5] * 8
     results = json.loads(file.read_text())
     # 12 of the clip's 8 frames: it begins again. 6 grids of 4 merged patches.
     assert results["tokens"]["vision"] == 2 * 6 * 4
@@ -125,10 +125,12 @@ def test_a_sweep_measures_every_point_once_and_draws_four_panels(
     )
     with process_group() as world:
         results = rl_step.measure(config, world)
-    assert taken[1:] == [  # the first warms up; the point that the axes share comes once
+    expected = [  # the point that the axes share comes once
         (2, 1, 4, 4, 1), (3, 1, 4, 4, 1), (3, 2, 2, 4, 1), (3, 2, 4, 4, 1), (3, 2, 4, 2, 1),
         (3, 2, 4, 4, 2),
     ]  # fmt: skip
+    # After a step that warms up, one for the memory and one for the seconds of each point.
+    assert taken[1:] == [point for point in expected for _ in range(2)]
     for axis, values in points.items():
         assert [point["value"] for point in results["sweep"][axis]] == list(values)
     assert len(rl_step.draw(results["sweep"], "title").axes) == 4
@@ -228,7 +230,7 @@ def uncounted_half(config, lengths):
 def test_flops_of_a_pass_equal_those_of_the_kernels(toy, prompts):
     config, load = toy.config, load_of(prompts)
     pack = pack_groups(prompts, [[torch.tensor([5, 6, 7, 8])] * GROUP] * 2)
-    forbidden = torch.tensor(model_module.forbidden_tokens(config))
+    forbidden = model_module.forbidden_tokens(config)
     found = counted_flops(lambda: toy.packed_logprobs(pack, forbidden))
     flops = counting.our_flops(config, load)
     # A response's square holds the prompt and all of the response.

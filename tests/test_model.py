@@ -132,7 +132,7 @@ def test_vision_runs_once_whatever_the_number_of_prompts(toy_folder, base, token
     assert len(calls) == 1
 
 
-def test_logits_exist_in_chunks_only(toy_folder, base, tokenizer, monkeypatch):
+def test_logits_exist_in_blocks_only(toy_folder, base, tokenizer, monkeypatch):
     model = plain.shake(load_model(str(base), CPU))
     prompts = plain.toy_prompts(toy_folder, tokenizer, ["video"])
     ids, mask = responses([[9, 8, 7]])
@@ -144,27 +144,34 @@ def test_logits_exist_in_chunks_only(toy_folder, base, tokenizer, monkeypatch):
         return logps.detach(), [parameter.grad for parameter in model.parameters()]
 
     whole, whole_grads = both()
-    rows, make_logits = [], model_module._logits
+    shapes, make_logits = [], model_module._logits
 
-    def counted(hidden, *rest):
-        rows.append(len(hidden))
-        return make_logits(hidden, *rest)
+    def counted(*arguments):
+        logits = make_logits(*arguments)
+        shapes.append(tuple(logits.shape))
+        return logits
 
+    vocabulary = len(model.lm_head.weight)
     monkeypatch.setattr(model_module, "_logits", counted)
-    monkeypatch.setattr(model_module, "LOGITS_PER_CHUNK", 5 * model.lm_head.weight.shape[0])
-    chunked, chunked_grads = both()
+    monkeypatch.setattr(model_module, "MIN_BLOCK", 1)
+    monkeypatch.setitem(model_module.LOGITS_PER_BLOCK, "cpu", 24 * (vocabulary // 2 - 1))
+    in_blocks, grads = both()
     # 24 response tokens, none for the prompt; once forward and once backward.
-    assert rows == [5, 5, 5, 5, 4] * 2
-    torch.testing.assert_close(chunked, whole, atol=1e-6, rtol=0)
-    for mine, other in zip(chunked_grads, whole_grads, strict=True):
+    widths = [vocabulary // 2 - 1] * 2 + [vocabulary - 2 * (vocabulary // 2 - 1)]
+    assert shapes == [(24, width) for width in widths] * 2
+    torch.testing.assert_close(in_blocks, whole, atol=1e-6, rtol=0)
+    for mine, other in zip(grads, whole_grads, strict=True):
         torch.testing.assert_close(mine, other, atol=1e-5 * float(other.abs().max()), rtol=1e-5)
 
 
-def test_token_logprobs_against_autograd():
+@pytest.mark.parametrize("width", [1, 3, 11])
+def test_token_logprobs_against_autograd(width, monkeypatch):
+    monkeypatch.setattr(model_module, "MIN_BLOCK", 1)
+    monkeypatch.setitem(model_module.LOGITS_PER_BLOCK, "cpu", 7 * width)
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(rows, 6, generator=generator, dtype=torch.float64)
                       for rows in (7, 11))  # fmt: skip
-    targets, forbidden = torch.tensor([1, 3, 3, 0, 10, 5, 9]), torch.tensor([2, 4])
+    targets, forbidden = torch.tensor([1, 3, 3, 0, 10, 5, 9]), [2, 4]
     grad = torch.randn(7, generator=generator)
     results = []
     for fast in (True, False):
@@ -172,7 +179,9 @@ def test_token_logprobs_against_autograd():
         if fast:
             logps = TokenLogprobs.apply(*leaves, targets, forbidden)
         else:
-            logits = (leaves[0] @ leaves[1].T).index_fill(1, forbidden, -torch.inf)
+            logits = (leaves[0] @ leaves[1].T).index_fill(
+                1, torch.tensor(forbidden), -torch.inf
+            )
             logps = logits.log_softmax(1).gather(1, targets[:, None])[:, 0]
         logps.backward(grad.to(logps.dtype))
         results.append([logps.detach().double(), *(leaf.grad for leaf in leaves)])

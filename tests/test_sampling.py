@@ -7,7 +7,7 @@ from transformers import GenerationConfig
 
 import sampling
 from model import end_tokens, group_logprobs, load_model, load_tokenizer
-from sampling import derive_seed, draw_tokens, sample_groups
+from sampling import derive_seed, draw_tokens, lm_head, sample_groups
 
 CPU = torch.device("cpu")
 NEARLY_GREEDY = {"temperature": 1e-4, "top_p": 1e-3}
@@ -119,6 +119,28 @@ def test_a_row_depends_on_its_own_key_alone(toy_folder, model, tokenizer):
     assert torch.equal(row, alone.completion_ids[0][alone.completion_mask[0]])
     texts = {text for rollout in both for text in rollout.texts}
     assert len(texts) == 8  # eight keys, eight responses
+
+
+@pytest.mark.parametrize("rows", [1, 8, 12, 33])
+def test_the_vocabulary_as_an_image_gives_the_same_logits(rows):
+    generator = torch.Generator().manual_seed(rows)
+    linear = torch.nn.Linear(24, 501, bias=False)
+    hidden = torch.randn(rows, 1, 24, generator=generator)
+    with torch.no_grad():
+        found, expected = lm_head(linear, hidden), linear(hidden)
+    assert found.is_contiguous() and found.shape == (rows, 1, 501)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+def test_generate_leaves_the_model_as_it_was(toy_folder, model, tokenizer, monkeypatch):
+    prompts = plain.toy_prompts(toy_folder, tokenizer, ["video"])
+    settings = model.generation_config
+    sample_groups(model, tokenizer, prompts, keys(1, 2), 3)
+    monkeypatch.setattr(model, "generate", lambda **_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sample_groups(model, tokenizer, prompts, keys(1, 2), 3)
+    assert model.generation_config is settings
+    assert "forward" not in vars(model.lm_head)
 
 
 def test_vision_and_prefill_run_once(toy_folder, model, tokenizer):

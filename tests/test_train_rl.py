@@ -17,11 +17,13 @@ from sampling import Rollout
 from tgrpo import group_advantages
 from train_rl import (
     RLConfig,
+    logprobs,
     make_prompts,
     rollout_record,
     sample_rollouts,
     score_group,
     show_first_step,
+    update_policy,
 )
 from training import (
     Alarms,
@@ -212,6 +214,30 @@ def test_matrices_decay_and_vectors_do_not(policy):
     assert all(parameter.ndim >= 2 for parameter in decayed["params"])
     assert all(parameter.ndim == 1 for parameter in rest["params"])
     assert len(decayed["params"]) + len(rest["params"]) == len(list(policy.parameters()))
+
+
+def test_a_step_calls_the_vision_tower_three_times(policy, toy_folder):
+    """Rollout, reference, update: once each, for all ordered and shuffled videos and images."""
+    policy, reference = copy.deepcopy(policy), copy.deepcopy(policy)
+    calls = []
+    for name, model in {"policy": policy, "reference": reference}.items():
+        enable_packing(model)  # the copy's methods are bound to the first
+        model.model.visual.register_forward_hook(
+            lambda *_, name=name: calls.append((name, torch.is_grad_enabled()))
+        )
+    tokenizer = load_tokenizer(str(toy_folder / "runs/toy/base"))
+    config = RLConfig(max_new_tokens=4, group_size=4, shuffled_group_size=2, prompts_per_rank=3)
+    # The toy's prompts stand for an ordered and a shuffled video twice, and an image.
+    prompts = plain.toy_prompts(toy_folder, tokenizer, ["video"] * 4 + ["image"])
+    batch = [prompts[:2], prompts[2:4], prompts[4:]]
+    rollouts = sample_rollouts(policy, tokenizer, batch, config, 0)
+    groups = [score_group(ordered, shuffled, config) for ordered, shuffled in rollouts]
+    with torch.no_grad():
+        logps_ref = logprobs(reference, groups)
+    optimizer = make_optimizer(policy, 1e-3, 0.0)
+    with process_group() as world:
+        update_policy(policy, optimizer, [groups], [logps_ref], config, world, 1e-3)
+    assert calls == [("policy", False), ("reference", False), ("policy", True)]
 
 
 def test_a_frozen_vision_tower_has_neither_gradients_nor_optimizer_state(policy, toy_folder):
