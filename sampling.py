@@ -205,6 +205,7 @@ def lm_head(linear: torch.nn.Linear, hidden: Tensor) -> Tensor:
     """
     if hidden.device.type != "cpu":
         return torch.nn.functional.linear(hidden, linear.weight)
+    assert hidden.shape[1] == 1, "generate runs one token a row"
     image = linear.weight[None, None].permute(0, 3, 1, 2)  # (1, D, 1, V), as it lies in memory
     logits = torch.conv2d(image, hidden[:, 0, :, None, None])  # (1, R, 1, V)
     return logits[0].contiguous()
