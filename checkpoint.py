@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.tensor import DTensor
 
 from distributed import World, log, main_does
@@ -69,6 +69,16 @@ def training_state(model: nn.Module, optimizer: torch.optim.AdamW) -> dict:
     }
 
 
+class Stager(BlockingAsyncStager):
+    """Copies the state into host memory that it keeps for the next save: on CPU fresh memory costs
+    ten times what the copying does. (The stager's own cache is pinned, which needs a GPU.)"""
+
+    def stage(self, state_dict: dict) -> dict:
+        self.state_dict_cache = super().stage(state_dict)
+        self.cache_staged_state_dict = True
+        return self.state_dict_cache
+
+
 class Checkpoints:
     """A run's checkpoints/: saves in the background, finds the newest that is whole, deletes.
 
@@ -82,14 +92,7 @@ class Checkpoints:
         self.keep_last, self.keep_best = keep_last, keep_best
         # A group of its own: its collectives run beside those of the training.
         self.group = dist.new_group(backend="gloo")
-        # It keeps its copy of the state in host memory for the next save: on CPU fresh memory costs
-        # ten times what the copying does.
-        self.stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=False, use_shared_memory=False, use_async_staging=False,
-                use_non_blocking_copy=False,
-            )
-        )  # fmt: skip
+        self.stager = Stager()
         # torch.save would hold the interpreter, and with it the training, for checksums of its own;
         # the manifest has one of every file.
         torch.serialization.set_crc32_options(False)

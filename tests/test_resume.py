@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 import train_sft
 from answering import AnswerSettings, answer, score_item
-from checkpoint import Checkpoints, check_files, training_state
+from checkpoint import Checkpoints, Stager, check_files, training_state
 from data import DecoderPool, load_samples
 from distributed import process_group
 from loader import Loader
@@ -598,6 +598,19 @@ def test_another_number_of_processes_takes_no_sample_twice_and_loses_none(killed
     for mine, other in zip(found, expected, strict=True):
         assert mine["loss"] == pytest.approx(other["loss"], abs=1e-5)
         assert mine["tokens"] == other["tokens"]  # the same samples
+
+
+def test_the_copy_of_the_state_keeps_its_memory_and_its_values():
+    weight, count = torch.arange(6.0).reshape(2, 3), torch.tensor(1.0)
+    state, stager = {"model": {"w": weight}, "optimizer": {"w": {"step": count}}}, Stager()
+    first = stager.stage(state)
+    place = first["model"]["w"].data_ptr()
+    weight.mul_(2), count.add_(1)
+    assert torch.equal(first["model"]["w"], torch.arange(6.0).reshape(2, 3))
+    assert first["optimizer"]["w"]["step"] == 1
+    second = stager.stage(state)
+    assert second["model"]["w"].data_ptr() == place
+    assert torch.equal(second["model"]["w"], weight) and second["optimizer"]["w"]["step"] == 2
 
 
 # -------------------------------------------------------------------------------------------- slow
