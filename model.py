@@ -364,6 +364,7 @@ class TokenLogprobs(torch.autograd.Function):
         hidden, weight, targets, normaliser = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)  # a sum over the blocks
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        # -grad, the sign of p - y, goes to the (M, D) side of both products: a pass over V less.
         scaled = (hidden * -grad[:, None]).to(hidden.dtype)
         for block in _vocabulary_blocks(hidden, weight):
             logits = _logits(hidden, weight, block, ctx.forbidden)

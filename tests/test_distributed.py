@@ -226,6 +226,4 @@ def test_a_rank_that_stops_after_its_first_beat_is_missed():
     with Watch(store, rank=0, size=2, timeout=1000) as watch:
         assert not watch.lost(60)
         time.sleep(0.2)
-        assert list(watch.lost(0.1)) == [0, 1]  # this rank's own second beat is due after a second
         assert watch.lost(0.1)[1]["place"] == "the start"
-    Watch.current = None
