@@ -42,6 +42,7 @@ from data import UnusableSample
 # 4 MiB stay in a CPU's cache. A product with fewer columns than MIN_BLOCK would be slow.
 LOGITS_PER_BLOCK = {"cuda": 2**25, "cpu": 2**20}
 MIN_BLOCK = 1024
+NO_POINTWISE = ("none", [], "")  # oneDNN's product can end with a function: its name, its settings
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]  # no code, nothing pickled
 PACKED = "packed"  # the name of our attention among those of transformers
 
@@ -372,7 +373,7 @@ class TokenLogprobs(torch.autograd.Function):
             inside, columns = _targets_in(block, targets)
             probabilities.scatter_add_(1, columns[:, None], -inside.float()[:, None])  # p - y
             difference = probabilities.to(hidden.dtype)
-            grad_hidden += difference @ weight[block]
+            grad_hidden += linear(difference, weight[block].T)
             if grad_weight is not None:
                 torch.mm(difference.T, scaled, out=grad_weight[block])
         grad_hidden = grad_hidden.mul_(-grad[:, None]).to(hidden.dtype)
@@ -386,11 +387,27 @@ def _vocabulary_blocks(hidden: Tensor, weight: Tensor) -> list[slice]:
 
 
 def _logits(hidden: Tensor, weight: Tensor, block: slice, forbidden: list[int]) -> Tensor:
-    logits = (hidden @ weight[block].T).float()
+    logits = linear(hidden, weight[block]).float()
     for token in forbidden:
         if block.start <= token < block.stop:
             logits[:, token - block.start] = -torch.inf
     return logits
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T, without gradient: (M, D) and (N, D) to (M, N).
+
+    For float32 on CPU by oneDNN, a fifth faster on AMD than MKL, which torch.mm takes.
+    """
+    if has_onednn(x):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, None, *NO_POINTWISE)
+    return x @ weight.T
+
+
+def has_onednn(x: Tensor) -> bool:
+    """Whether oneDNN multiplies these: float32 on CPU, in a build of torch that has it."""
+    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
+    return on_cpu and torch.backends.mkldnn.is_available()
 
 
 def _targets_in(block: slice, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,25 +3,35 @@
 A token is drawn by inverting the cumulative distribution at one uniform number per row and step.
 The numbers come from a generator that is seeded for each row, so a response depends on its own
 seed and not on which rows share its batch or its rank. torch.multinomial would cost 26 ms per
-token with Qwen's vocabulary and 12 rows on two CPU cores, this costs 2 ms.
+token with Qwen's vocabulary and 12 rows on two CPU cores, this costs 1 ms.
 
 Shapes: P prompts, R rows (all responses of all prompts), S prompt tokens of the longest prompt,
 T response tokens of the longest response, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import MethodType
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
-from model import Pack, enable_packing, end_tokens, forbidden_tokens, pack_groups
+from model import (
+    NO_POINTWISE,
+    Pack,
+    enable_packing,
+    end_tokens,
+    forbidden_tokens,
+    has_onednn,
+    pack_groups,
+)
+
+DRAW_BLOCK = 128  # tokens: near the square root of Qwen's vocabulary, and the sum of one is quick
 
 
 @dataclass(frozen=True)
@@ -78,38 +88,45 @@ def draw_tokens(
         before = ranked.cumsum(-1) - ranked  # probability of all likelier tokens
         ranked = torch.where(before < top_p, ranked, 0.0)
         probabilities = torch.zeros_like(ranked).scatter(-1, order, ranked)
-    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
-    # In float64 u * total stays below total, and right=True steps over tokens of probability 0.
-    goal = uniforms[:, None] * cumulative[:, -1:]
-    tokens = torch.searchsorted(cumulative, goal, right=True)  # (R, 1)
+    tokens = invert_cumulative(probabilities, uniforms[:, None])
     return tokens[:, 0], softmax.gather(-1, tokens)[:, 0].log()
 
 
-class Sampler(LogitsProcessor):
-    """Draws the token itself and leaves only that one finite, for a greedy `generate` to take.
+def invert_cumulative(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """The first token of each row at which the cumulative sum exceeds u times the row's sum.
 
-    generate's own sampling has neither a generator per row nor the log-probability of the draw.
+    First the block of the vocabulary is looked for, by the blocks' sums, then the token in it. One
+    cumulative sum of all of Qwen's vocabulary takes twice as long for 12 rows and nine times for
+    48: in float64 it no longer fits into the cache.
+
+    Args:
+        weights: float32 (R, V), not negative; some positive in each row.
+        uniforms: float64 (R, 1), in [0, 1).
+    Returns:
+        int64 (R, 1), tokens of positive weight.
     """
+    vocabulary = weights.shape[-1]
+    whole = vocabulary - vocabulary % DRAW_BLOCK
+    masses = torch.cat(
+        [
+            weights[:, :whole].unflatten(-1, (-1, DRAW_BLOCK)).sum(-1),
+            weights[:, whole:].sum(-1, keepdim=True),
+        ],
+        dim=-1,
+    ).double()  # (R, blocks)
+    cumulative = masses.cumsum(-1)
+    # In float64 u * total stays below total, and right=True steps over blocks of no weight.
+    goal = uniforms * cumulative[:, -1:]
+    block = torch.searchsorted(cumulative, goal, right=True)
+    goal = goal - (cumulative - masses).gather(-1, block)  # what is left to go in this block
 
-    def __init__(self, uniforms: Tensor, forbidden: Tensor, temperature: float, top_p: float):
-        self.uniforms, self.forbidden = uniforms, forbidden  # float64 (R, steps), int64 ids
-        self.temperature, self.top_p = temperature, top_p
-        self.logps: list[Tensor] = []  # (R,) for each step
-        self.choice: Tensor | None = None  # (R, V), 0 at the drawn tokens, -inf elsewhere
-        self.drawn: Tensor | None = None  # int64 (R, 1)
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        # In place: generate makes this float32 copy of the logits for its processors.
-        scores.index_fill_(-1, self.forbidden, -torch.inf)  # (R, V)
-        uniforms = self.uniforms[:, len(self.logps)]
-        tokens, logps = draw_tokens(scores, uniforms, self.temperature, self.top_p)
-        self.logps.append(logps)
-        if self.choice is None:
-            self.choice = torch.full_like(scores, -torch.inf)
-        else:
-            self.choice.scatter_(-1, self.drawn, -torch.inf)
-        self.drawn = tokens[:, None]
-        return self.choice.scatter_(-1, self.drawn, 0.0)
+    tokens = block * DRAW_BLOCK + torch.arange(DRAW_BLOCK, device=weights.device)
+    inside = weights.gather(-1, tokens.clamp(max=vocabulary - 1)).double()
+    cumulative = torch.where(tokens < vocabulary, inside, 0.0).cumsum(-1)  # (R, DRAW_BLOCK)
+    # The block's mass is a float32 sum: it may exceed the exact one by a rounding.
+    total = cumulative[:, -1:]
+    goal = torch.minimum(goal, torch.nextafter(total, torch.zeros_like(total)))
+    return block * DRAW_BLOCK + torch.searchsorted(cumulative, goal, right=True)
 
 
 @torch.no_grad()
@@ -148,13 +165,14 @@ def sample_groups(
     cache = model.packed_prefill(pack.to(device))
     inputs = batch_rows(pack, group_sizes, pad_token=ends[0])
     draws = [np.random.default_rng(key).random(max_new_tokens) for keys in row_keys for key in keys]
-    sampler = Sampler(
-        torch.from_numpy(np.stack(draws)).to(device),
-        torch.tensor(forbidden_tokens(model.config), device=device),
-        temperature,
-        top_p,
-    )
-    ids = _generate(
+    uniforms = torch.from_numpy(np.stack(draws)).to(device)  # float64 (R, steps)
+    forbidden = torch.tensor(forbidden_tokens(model.config), device=device)
+
+    def draw(logits: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        logits.index_fill_(-1, forbidden, -torch.inf)
+        return draw_tokens(logits, uniforms[:, step], temperature, top_p)
+
+    ids, logps = _generate(
         model,
         GenerationConfig(
             max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
@@ -162,14 +180,15 @@ def sample_groups(
         ),
         **{name: value.to(device) for name, value in inputs.items()},
         past_key_values=expand_cache(cache, pack, group_sizes, max_new_tokens),
-        logits_processor=LogitsProcessorList([sampler]),
-        synced_gpus=is_sharded(model),  # no rank stops before the others
+        custom_generate=decode,
+        draw=draw,
+        together=is_sharded(model),  # no rank stops before the others
     )  # fmt: skip
-    ids = ids[:, inputs["input_ids"].shape[1] :].cpu()  # (R, T)
+    ids, logps = ids.cpu(), logps.cpu()  # (R, T)
     is_end = torch.isin(ids, torch.tensor(ends))
     mask = is_end.cumsum(-1) - is_end.long() == 0  # up to and including the first end token
     ended = is_end.any(-1)
-    logps = torch.where(mask, torch.stack(sampler.logps, dim=1).cpu(), 0.0)
+    logps = torch.where(mask, logps, 0.0)
     columns = (column.split(group_sizes) for column in (ids, mask, ended, logps))
     return [
         Rollout(prompt, *group, decode_texts(tokenizer, group[0], group[1], ends))
@@ -182,33 +201,97 @@ def is_sharded(model) -> bool:
     return isinstance(next(model.model.language_model.layers.parameters()), DTensor)
 
 
-def _generate(model, generation_config: GenerationConfig, **inputs) -> Tensor:
-    """model.generate without the checkpoint's own settings.
+def _generate(model, generation_config: GenerationConfig, **inputs) -> tuple[Tensor, Tensor]:
+    """model.generate without the checkpoint's own settings; what `decode` returns.
 
     generate fills every field that is left at its default from model.generation_config, which for
     Qwen2.5-VL has a repetition penalty and a temperature near zero.
     """
     checkpoints_own, model.generation_config = model.generation_config, GenerationConfig()
-    model.lm_head.forward = MethodType(lm_head, model.lm_head)
+    fast = fast_linear(model.lm_head)
+    if fast is not None:
+        model.lm_head.forward = fast
     try:
         return model.generate(generation_config=generation_config, **inputs)
     finally:
         model.generation_config = checkpoints_own
-        del model.lm_head.forward  # the class' own is behind it
+        if fast is not None:
+            del model.lm_head.forward  # the class' own is behind it
 
 
-def lm_head(linear: torch.nn.Linear, hidden: Tensor) -> Tensor:
-    """hidden @ weight.T for the few rows of a decoding step: (R, 1, D) to (R, 1, V).
+def decode(
+    model,
+    input_ids: Tensor,
+    generation_config: GenerationConfig,
+    draw: Callable[[Tensor, int], tuple[Tensor, Tensor]],
+    together: bool,
+    **inputs,
+) -> tuple[Tensor, Tensor]:
+    """The loop that `generate` runs in the place of its own: a token a row, till all rows ended.
 
-    On CPU it is most of a small model's step, and a 1x1 convolution over an image whose pixels are
-    the vocabulary: oneDNN takes 14 ms for 12 rows of Qwen's, MKL's matrix product 30.
+    transformers' loop has neither a generator per row nor the log-probability of a draw.
+
+    Args:
+        input_ids: int64 (R, S), of which all but the last token are in the cache.
+        draw: from float32 logits (R, V), its own to write to, and the step to tokens and their
+            log-probabilities, both (R,).
+        together: no rank stops before the last one has to.
+        inputs: as generate has prepared them; past_key_values, position_ids int64 (3, R, S),
+            attention_mask int64 (R, S) or None if nothing is padded.
+    Returns:
+        the responses, int64 (R, T), padded after their end, and log-probabilities, float32 (R, T).
     """
-    if hidden.device.type != "cpu":
-        return torch.nn.functional.linear(hidden, linear.weight)
-    assert hidden.shape[1] == 1, "generate runs one token a row"
-    image = linear.weight[None, None].permute(0, 3, 1, 2)  # (1, D, 1, V), as it lies in memory
-    logits = torch.conv2d(image, hidden[:, 0, :, None, None])  # (1, R, 1, V)
-    return logits[0].contiguous()
+    ends = torch.tensor(generation_config.eos_token_id, device=input_ids.device)
+    ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    tokens, positions = input_ids[:, -1:], inputs["position_ids"][:, :, -1:]
+    attention_mask = inputs["attention_mask"]
+    responses, logps = [], []
+    for step in range(generation_config.max_new_tokens):
+        outputs = model(
+            input_ids=tokens,
+            position_ids=positions + step,
+            attention_mask=attention_mask,
+            past_key_values=inputs["past_key_values"],
+            use_cache=True,
+        )
+        drawn, logp = draw(outputs.logits[:, -1].float(), step)
+        tokens = torch.where(ended, generation_config.pad_token_id, drawn)[:, None]
+        responses.append(tokens)
+        logps.append(logp)
+        ended |= torch.isin(drawn, ends)
+        if all_ended(ended, together):
+            break
+        if attention_mask is not None:
+            attention_mask = pad(attention_mask, (0, 1), value=1)
+    return torch.cat(responses, dim=1), torch.stack(logps, dim=1)
+
+
+def all_ended(ended: Tensor, together: bool) -> bool:
+    """Whether all rows have ended, bool (R,); with `together` those of all ranks."""
+    unfinished = (~ended).any()
+    if together:
+        unfinished = unfinished.int()
+        dist.all_reduce(unfinished, op=dist.ReduceOp.MAX)
+    return not bool(unfinished)
+
+
+def fast_linear(linear: torch.nn.Linear) -> Callable[[Tensor], Tensor] | None:
+    """linear(x) for the few rows of a decoding step, by oneDNN; None where that does not apply.
+
+    Reading lm_head is most of a small model's step. oneDNN takes 9 ms for 12 rows of Qwen's
+    vocabulary and 256 features where MKL takes 30, but the weight has to be laid out for it first:
+    a copy, made once per rollout.
+    """
+    weight = linear.weight
+    if isinstance(weight, DTensor) or not has_onednn(weight):
+        return None
+    assert linear.bias is None, "Qwen2.5-VL's lm_head has no bias"
+    # By parts so small that their memory is at hand (distributed.keep_freed_memory): in fresh
+    # pages the copy takes ten times as long.
+    parts = weight.split(max(1, 2**24 // (weight.shape[1] * weight.element_size())))
+    packed = [torch.ops.mkldnn._reorder_linear_weight(part) for part in parts]
+    product = torch.ops.mkldnn._linear_pointwise
+    return lambda x: torch.cat([product(x, part, None, *NO_POINTWISE) for part in packed], -1)
 
 
 def batch_rows(pack: Pack, group_sizes: list[int], pad_token: int) -> dict[str, Tensor]:
