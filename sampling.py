@@ -114,11 +114,11 @@ def invert_cumulative(weights: Tensor, uniforms: Tensor) -> Tensor:
         ],
         dim=-1,
     ).double()  # (R, blocks)
-    cumulative = masses.cumsum(-1)
+    cumulative = pad(masses.cumsum(-1), (1, 0))  # before each block, and the total
     # In float64 u * total stays below total, and right=True steps over blocks of no weight.
     goal = uniforms * cumulative[:, -1:]
-    block = torch.searchsorted(cumulative, goal, right=True)
-    goal = goal - (cumulative - masses).gather(-1, block)  # what is left to go in this block
+    block = torch.searchsorted(cumulative, goal, right=True) - 1
+    goal = goal - cumulative.gather(-1, block)  # what is left to go inside the block
 
     tokens = block * DRAW_BLOCK + torch.arange(DRAW_BLOCK, device=weights.device)
     inside = weights.gather(-1, tokens.clamp(max=vocabulary - 1)).double()

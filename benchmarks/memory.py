@@ -337,15 +337,17 @@ def rollout_phases(config, flags: MemoryConfig, groups: Groups, row: Pass) -> di
     room = row.prompt_tokens - 1 + row.response_tokens  # sampling.RoomyLayer
     pixels = orders * row.num_prompts * row.patches * 1176 * (4 + c)
     whole = {"whole weights (unsharded)": c * groups.numel}
+    head = text.vocab_size * text.hidden_size
+    laid_out = {} if c == 2 else {"lm_head laid out for the CPU": c * head}  # sampling.fast_linear
     return {
         "prefill": whole | {
             "key-value cache": prefilled * per_token,
             "in flight": pixels
             + in_flight(config, prefilled, orders * row.num_prompts * row.patches, 0, c),
         },
-        "decode": whole | {
+        "decode": whole | laid_out | {
             "key-value cache": (prefilled + rows * room) * per_token,  # the prompts' own stays
-            "in flight": pixels + rows * text.vocab_size * 40,  # logits, softmax, float64 sums
+            "in flight": pixels + rows * text.vocab_size * 12,  # logits twice, softmax
         },
     }  # fmt: skip
 

@@ -1,0 +1,93 @@
+"""One step of TRL's GRPOTrainer, for comparison with benchmarks/rl_step.py on the same machine.
+
+    python -m venv trl
+    trl/bin/pip install torch==2.13.0 transformers==5.23.0 trl==1.16.0 decord pillow
+    trl/bin/python benchmarks/peers/trl_step.py MODEL_FOLDER CLIP NEW_TOKENS STEPS
+
+TRL has no shuffled group: it samples two thirds of our responses at G = 8. It takes no video
+either, so that 8 images of 196 x 112 pixels stand for the 8 grids of 16 such frames: the vision
+tokens are as many. Plain GRPO, beta 0.04 (a reference model runs), no activation checkpointing,
+float32 on CPU. Prints a line for each step, the first of which is not counted.
+"""
+
+import sys
+
+import numpy as np
+import torch
+from datasets import Dataset, Features, Image, List, Value
+from decord import VideoReader
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    TrainerCallback,
+)
+from trl import GRPOConfig, GRPOTrainer
+from watch import Watch
+
+QUESTION = (
+    "Which way does the animal in the video turn its head?\nA. left\nB. right\nPlease think about "
+    "this question as if you were a human pondering deeply. Provide your answer between the "
+    "<answer> </answer> tags."
+)
+
+
+class ImagesAlone(Qwen2_5_VLProcessor):
+    """A processor without one for videos, which would need torchvision."""
+
+    def check_argument_for_proper_class(self, argument_name, argument):
+        if argument_name != "video_processor":
+            return super().check_argument_for_proper_class(argument_name, argument)
+
+
+class Timer(TrainerCallback):
+    def __init__(self, watch: Watch):
+        self.watch = watch
+
+    def on_step_begin(self, *args, **kwargs):
+        self.watch.start()
+
+    def on_step_end(self, *args, **kwargs):
+        self.watch.stop()
+
+
+def read_images(clip: str, count: int = 8) -> list:
+    video = VideoReader(clip, width=196, height=112)
+    frames = video.get_batch(np.linspace(0, len(video) - 1, count).round().astype(int)).asnumpy()
+    return list(frames)
+
+
+def reward(completions, **_) -> list[float]:
+    """Anything that differs within a group: with equal rewards TRL has nothing to learn from."""
+    return [float(len(completion[0]["content"]) % 7) for completion in completions]
+
+
+def main(folder: str, clip: str, new_tokens: str, steps: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    processor = ImagesAlone(
+        AutoImageProcessor.from_pretrained(folder), tokenizer, chat_template=tokenizer.chat_template
+    )
+    rows = {
+        "prompt": [[{"role": "user", "content": QUESTION}]] * 64,
+        "images": [read_images(clip)] * 64,
+    }
+    prompt = List({"role": Value("string"), "content": Value("string")})
+    features = Features({"prompt": prompt, "images": List(Image())})
+    watch = Watch(int(new_tokens))
+    config = GRPOConfig(
+        output_dir="trl_step", max_steps=int(steps), save_strategy="no", report_to="none",
+        logging_strategy="no", disable_tqdm=True, use_cpu=True, bf16=False,
+        per_device_train_batch_size=8, num_generations=8, max_completion_length=int(new_tokens),
+        beta=0.04, temperature=1.0, learning_rate=1e-6, gradient_checkpointing=False,
+    )  # fmt: skip
+    GRPOTrainer(
+        model=Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32),
+        reward_funcs=reward, args=config, processing_class=processor, callbacks=[Timer(watch)],
+        train_dataset=Dataset.from_dict(rows, features=features),
+    ).train()  # fmt: skip
+    watch.report()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
