@@ -397,7 +397,8 @@ def _logits(hidden: Tensor, weight: Tensor, block: slice, forbidden: list[int]) 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight.T, without gradient: (M, D) and (N, D) to (M, N).
 
-    For float32 on CPU by oneDNN, a fifth faster on AMD than MKL, which torch.mm takes.
+    For float32 on CPU by oneDNN, a fifth faster on AMD than MKL, which torch.mm takes. The operator
+    is the one that torch.compile puts in the place of a linear layer.
     """
     if has_onednn(x):
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, *NO_POINTWISE)

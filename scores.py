@@ -427,7 +427,7 @@ def markdown_table(summaries: list[dict]) -> str:
     six benchmarks are left out.
 
     Raises:
-        ValueError: two summaries are of one cell.
+        ValueError: two summaries are of one cell, or none is of one of the six benchmarks.
     """
     names = ("vsibench", "videommmu", "mmvu", "mvbench", "tempcompass", "videomme")
     rows: dict[tuple, dict[str, str]] = {}
@@ -448,6 +448,9 @@ def markdown_table(summaries: list[dict]) -> str:
             notes.append(f"\\* {label}, {frames} frames, {BENCHMARKS[name].column}: "
                          f"{scores['unusable']['n']} of {paper['n']} items are unusable "
                          "and count 0")  # fmt: skip
+    if not rows:
+        found = ", ".join(sorted({summary["benchmark"] for summary in summaries}))
+        raise ValueError(f"no summary is of one of {', '.join(names)}, but of {found}")
     header = ["Model", "Frames", *(BENCHMARKS[name].column for name in names)]
     lines = [header, ["---", *["---:"] * (len(header) - 1)]]
     for (label, frames), cells in rows.items():

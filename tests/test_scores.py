@@ -599,6 +599,11 @@ def test_table_1():
     assert markdown_table(summaries) == expected.lstrip()
 
 
+def test_table_of_other_files_alone():
+    with pytest.raises(ValueError, match="one of vsibench, .* but of mine, yours$"):
+        markdown_table([summary(name, [1.0]) for name in ("yours", "mine", "mine")])
+
+
 def test_table_with_two_scores_for_a_cell():
     with pytest.raises(ValueError, match="two summaries of mmvu for runs/rl/model with 16 frames"):
         markdown_table([summary("eval_mmvu", [1.0]), summary("eval_mmvu", [0.0])])
