@@ -5,12 +5,14 @@ A run appends its batches as they are finished; any number of ranks may go on wh
     <name>.rank<r>.part.jsonl   of rank r: a line with the provenance, then one line for each batch
     <name>.jsonl                every record, sorted by row: there when all batches are done
     <name>.summary.json         the provenance and what was computed from the records
+    .<name>.lock                held by the run that writes these
 
 The provenance is a flat dict of everything that the records depend on: hashes of the model and the
 data, and the flags that change what is written. Records of two provenances are never mixed. The
 folder must be one that all ranks see.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -170,6 +172,7 @@ class Results:
         self.provenance = json.loads(json.dumps(provenance))  # as it will be read: no tuples
         self.records_file = folder / f"{name}.jsonl"
         self.summary_file = folder / f"{name}.summary.json"
+        self.lock_file = folder / f".{name}.lock"
         self.stale: list[Path] = []  # parts to delete, on rank 0
         self.finished, self.done = on_main(world, lambda: self._look(overwrite))
 
@@ -225,7 +228,11 @@ class Results:
         return left[self.world.rank :: self.world.size]
 
     def begin(self) -> None:
-        """Clear away what is out of date, and open this rank's part."""
+        """Clear away what is out of date, and open this rank's part.
+
+        Raises:
+            ValueError, on rank 0: another process is writing these results.
+        """
         main_does(self.world, self._clear)
         path = self.folder / f"{self.name}.rank{self.world.rank}.part.jsonl"
         whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
@@ -237,6 +244,11 @@ class Results:
 
     def _clear(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = self.lock_file.open("w")  # held until finish, or as long as the process lives
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another run is writing {self.records_file}") from None
         for path in self.stale:
             path.unlink()
 
@@ -263,9 +275,9 @@ class Results:
         return sorted(records, key=lambda record: record["row"])
 
     def remove_parts(self) -> None:
-        """Delete the parts, once what was made of them is on disk. On rank 0."""
-        for part in self._parts():
-            part.unlink()
+        """Delete the parts and the lock, once what was made of them is on disk. On rank 0."""
+        for path in (*self._parts(), self.lock_file):
+            path.unlink(missing_ok=True)
 
     def finish(self, summarise: Callable[[list[dict]], dict]) -> None:
         """Write the records and their summary when every rank has come here."""
@@ -277,6 +289,7 @@ class Results:
             write_whole(self.records_file, text)
             write_json(self.summary_file, summary)
             self.remove_parts()
+            self.lock.close()
             log(f"results written to {self.folder / self.name}.*")
 
         main_does(self.world, write)

@@ -117,9 +117,10 @@ def test_another_number_of_ranks_goes_on(tmp_path, world, whole):
     assert contents(tmp_path) == whole
 
 
-@pytest.mark.parametrize("done", range(6))
+@pytest.mark.parametrize("done", range(7))
 def test_killed_between_the_steps_of_the_end(tmp_path, world, whole, monkeypatch, done):
-    """The steps: records beside, records in place, summary beside, summary in place, part gone."""
+    """The steps: records beside, records in place, summary beside, summary in place, part gone,
+    lock gone."""
 
     class Killed(BaseException):
         pass
@@ -139,7 +140,7 @@ def test_killed_between_the_steps_of_the_end(tmp_path, world, whole, monkeypatch
         patched.setattr(results.Path, "write_text", counted(results.Path.write_text))
         patched.setattr(results.os, "replace", counted(results.os.replace))
         patched.setattr(results.Path, "unlink", counted(results.Path.unlink))
-        if done < 5:
+        if done < 6:
             with pytest.raises(Killed):
                 run(tmp_path, world)
         else:
@@ -227,6 +228,22 @@ def test_a_damaged_file_is_named(tmp_path, world, name, text):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=name):
         open_results(tmp_path, world)
+
+
+def test_two_runs_do_not_write_the_same_results(tmp_path, world, whole):
+    first = open_results(tmp_path, world)
+    first.begin()
+    first.append(0, records(0))
+    part = (tmp_path / f"{NAME}.rank0.part.jsonl").read_bytes()
+    for overwrite in (False, True):
+        second = open_results(tmp_path, world, overwrite)
+        with pytest.raises(ValueError, match=f"another run is writing .*{NAME}.jsonl"):
+            second.begin()
+    assert (tmp_path / f"{NAME}.rank0.part.jsonl").read_bytes() == part
+    first.part.close()
+    first.lock.close()  # as the end of its process does
+    assert run(tmp_path, world) == [1, 2, 3]
+    assert contents(tmp_path) == whole
 
 
 def test_results_of_names_that_begin_alike_are_apart(tmp_path, world):
