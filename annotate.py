@@ -55,6 +55,7 @@ from distributed import World, log, main_does, process_group, run
 from model import load_normalisation, load_tokenizer
 from results import (
     Results,
+    claim,
     describe,
     differences,
     file_sha256,
@@ -301,7 +302,8 @@ def make_room(out: Path, made_by: dict, rules: dict, overwrite: bool) -> bool:
         made_by, rules: the provenance of the tries, and what that of --out has besides.
 
     Raises:
-        ValueError: something else is there, and --overwrite is not given; or --out has no place.
+        ValueError: something else is there, and --overwrite is not given; --out has no place; or
+            another run is writing what would be deleted.
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -326,8 +328,10 @@ def make_room(out: Path, made_by: dict, rules: dict, overwrite: bool) -> bool:
                     "--overwrite true")  # fmt: skip
             log(f"{files[0]} {what}: replaced")
             stale += files
-    for file in stale:
-        file.unlink(missing_ok=True)
+    if stale:
+        with claim(out.with_name(f".{prefix}lock"), f"--out {out}"):
+            for file in stale:
+                file.unlink(missing_ok=True)
     return out.exists()
 
 

@@ -5,7 +5,7 @@ A run appends its batches as they are finished; any number of ranks may go on wh
     <name>.rank<r>.part.jsonl   of rank r: a line with the provenance, then one line for each batch
     <name>.jsonl                every record, sorted by row: there when all batches are done
     <name>.summary.json         the provenance and what was computed from the records
-    .<name>.lock                held by the run that writes these
+    .<name>.lock                held by the run that is writing these
 
 The provenance is a flat dict of everything that the records depend on: hashes of the model and the
 data, and the flags that change what is written. Records of two provenances are never mixed. The
@@ -20,6 +20,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
+from typing import TextIO
 
 import torch.distributed as dist
 
@@ -66,6 +67,28 @@ def library_versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue  # decord or decord2: one of them
     return installed
+
+
+def claim(lock: Path, what: str) -> TextIO:
+    """Hold a lock file until what this returns is closed or the process ends.
+
+    The file stays: whoever deleted it could delete one that another run has just taken.
+
+    Raises:
+        ValueError: another process holds it, or there is no place for it; names `what`.
+    """
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = lock.open("w")
+    except OSError as error:
+        raise ValueError(f"{what}: {error.strerror}") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another run is writing to {what}") from None
+    except OSError as error:  # a file system without locks
+        raise ValueError(f"{what} cannot be locked: {error.strerror}") from None
+    return file
 
 
 def on_main(world: World, work: Callable[[], object]) -> object:
@@ -162,7 +185,8 @@ class Results:
     Args:
         overwrite: replace whatever is there.
     Raises:
-        ValueError, on rank 0: the folder holds results of another provenance; names the difference.
+        ValueError, on rank 0: the folder holds results of another provenance, and names the
+            difference; or another run is writing these results.
     """
 
     def __init__(
@@ -172,7 +196,6 @@ class Results:
         self.provenance = json.loads(json.dumps(provenance))  # as it will be read: no tuples
         self.records_file = folder / f"{name}.jsonl"
         self.summary_file = folder / f"{name}.summary.json"
-        self.lock_file = folder / f".{name}.lock"
         self.stale: list[Path] = []  # parts to delete, on rank 0
         self.finished, self.done = on_main(world, lambda: self._look(overwrite))
 
@@ -182,17 +205,24 @@ class Results:
 
     def _look(self, overwrite: bool) -> tuple[bool, set[int]]:
         """Whether the results are finished, and if not, which batches are done."""
-        summary, parts = read_summary(self.summary_file), self._parts()
-        if overwrite:
-            self.stale = parts
-            return False, set()
-        finished = summary is not None and self.records_file.is_file()
-        if finished and self._is_current(self.summary_file, summary.get("provenance", {})):
+        summary = read_summary(self.summary_file)
+        finished = (
+            not overwrite and summary is not None and self.records_file.is_file()
+            and self._is_current(self.summary_file, summary.get("provenance", {}))
+        )  # fmt: skip
+        if finished:
             log(f"{self.records_file} is finished (--overwrite true computes it anew)")
-            self.remove_parts()  # left by a kill in the last moment
+            if not self._parts():
+                return True, set()
+        self.lock = claim(self.folder / f".{self.name}.lock", str(self.records_file))
+        if finished:
+            self._close()  # a kill in the last moment left parts
             return True, set()
+        if overwrite:
+            self.stale = self._parts()
+            return False, set()
         done: set[int] = set()
-        for part in parts:
+        for part in self._parts():
             provenance, batches = read_part(part)
             if provenance is None or self._is_current(part, provenance):
                 done |= batches.keys()
@@ -228,11 +258,7 @@ class Results:
         return left[self.world.rank :: self.world.size]
 
     def begin(self) -> None:
-        """Clear away what is out of date, and open this rank's part.
-
-        Raises:
-            ValueError, on rank 0: another process is writing these results.
-        """
+        """Clear away what is out of date, and open this rank's part."""
         main_does(self.world, self._clear)
         path = self.folder / f"{self.name}.rank{self.world.rank}.part.jsonl"
         whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
@@ -243,12 +269,6 @@ class Results:
             self._write(self.provenance)
 
     def _clear(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = self.lock_file.open("w")  # held until finish, or as long as the process lives
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another run is writing {self.records_file}") from None
         for path in self.stale:
             path.unlink()
 
@@ -274,10 +294,11 @@ class Results:
         records = [record for batch in batches.values() for record in batch]
         return sorted(records, key=lambda record: record["row"])
 
-    def remove_parts(self) -> None:
-        """Delete the parts and the lock, once what was made of them is on disk. On rank 0."""
-        for path in (*self._parts(), self.lock_file):
-            path.unlink(missing_ok=True)
+    def _close(self) -> None:
+        """Delete the parts, once what was made of them is on disk, and let others write."""
+        for part in self._parts():
+            part.unlink()
+        self.lock.close()
 
     def finish(self, summarise: Callable[[list[dict]], dict]) -> None:
         """Write the records and their summary when every rank has come here."""
@@ -288,8 +309,7 @@ class Results:
             summary = {**summarise(records), "provenance": self.provenance}
             write_whole(self.records_file, text)
             write_json(self.summary_file, summary)
-            self.remove_parts()
-            self.lock.close()
+            self._close()
             log(f"results written to {self.folder / self.name}.*")
 
         main_does(self.world, write)

@@ -12,7 +12,6 @@ there, also what a kill left of a last line, so that every line comes once.
 """
 
 import dataclasses
-import fcntl
 import json
 import math
 import os
@@ -28,6 +27,7 @@ from checkpoint import Checkpoints, export_model
 from config import TrainConfig, require
 from distributed import StopRequest, World, gather_to_main, log, main_does
 from loader import Loader, Progress
+from results import claim
 
 LOGS = (
     "metrics.jsonl", "rollouts.jsonl", "skipped.jsonl", "bad_steps.jsonl", "validation.jsonl",
@@ -80,15 +80,7 @@ class RunFolder:
 
     def _claim(self) -> None:
         """Rank 0: hold the lock for as long as this process lives."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = (self.folder / ".lock").open("w")
-        except OSError as error:
-            raise ValueError(f"--output_dir {self.folder}: {error.strerror}") from None
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another run is writing to --output_dir {self.folder}") from None
+        self.lock = claim(self.folder / ".lock", f"--output_dir {self.folder}")
 
     def _release(self) -> None:
         if self.world.is_main:

@@ -1,12 +1,12 @@
-"""Rollouts: one prefill per prompt, then one batched Hugging Face `generate` for all groups.
+"""Rollouts: one prefill of all prompts, then one batched Hugging Face `generate` for all groups.
 
 A token is drawn by inverting the cumulative distribution at one uniform number per row and step.
-The numbers come from a generator that is seeded for each row, so a response depends on its own
-seed and not on which rows share its batch or its rank. torch.multinomial would cost 26 ms per
-token with Qwen's vocabulary and 12 rows on two CPU cores, this costs 1 ms.
+The numbers come from a generator that is seeded for each row and depend neither on the batch nor
+on the rank; nor does the response, up to the rounding of batched products. torch.multinomial would
+cost 26 ms per token with Qwen's vocabulary and 12 rows on two CPU cores, this costs 1 ms.
 
 Shapes: P prompts, R rows (all responses of all prompts), S prompt tokens of the longest prompt,
-T response tokens of the longest response, V vocabulary.
+T tokens until all rows had ended, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
@@ -95,15 +95,15 @@ def draw_tokens(
 def invert_cumulative(weights: Tensor, uniforms: Tensor) -> Tensor:
     """The first token of each row at which the cumulative sum exceeds u times the row's sum.
 
-    First the block of the vocabulary is looked for, by the blocks' sums, then the token in it. One
-    cumulative sum of all of Qwen's vocabulary takes twice as long for 12 rows and nine times for
-    48: in float64 it no longer fits into the cache.
+    First the block of the vocabulary is looked for, by the blocks' sums in float32, then the token
+    in it. One cumulative sum of all of Qwen's vocabulary takes twice as long for 12 rows and nine
+    times for 48: in float64 it no longer fits into the cache.
 
     Args:
         weights: float32 (R, V), not negative; some positive in each row.
         uniforms: float64 (R, 1), in [0, 1).
     Returns:
-        int64 (R, 1), tokens of positive weight.
+        int64 (R, 1), tokens of positive weight; any token for a row with NaN.
     """
     vocabulary = weights.shape[-1]
     whole = vocabulary - vocabulary % DRAW_BLOCK
@@ -126,7 +126,8 @@ def invert_cumulative(weights: Tensor, uniforms: Tensor) -> Tensor:
     # The block's mass is a float32 sum: it may exceed the exact one by a rounding.
     total = cumulative[:, -1:]
     goal = torch.minimum(goal, torch.nextafter(total, torch.zeros_like(total)))
-    return block * DRAW_BLOCK + torch.searchsorted(cumulative, goal, right=True)
+    found = block * DRAW_BLOCK + torch.searchsorted(cumulative, goal, right=True)
+    return found.clamp(max=vocabulary - 1)  # NaN is above all: sample_groups will say so
 
 
 @torch.no_grad()
@@ -153,6 +154,8 @@ def sample_groups(
         max_new_tokens: length of a response at most, end token included.
     Returns:
         one Rollout per prompt, all of the same T.
+    Raises:
+        ValueError: the model's logits are NaN.
     """
     if not hasattr(model, "packed_prefill"):
         enable_packing(model)
@@ -182,13 +185,15 @@ def sample_groups(
         past_key_values=expand_cache(cache, pack, group_sizes, max_new_tokens),
         custom_generate=decode,
         draw=draw,
-        together=is_sharded(model),  # no rank stops before the others
+        together=is_sharded(model),  # every step gathers the weights of all ranks
     )  # fmt: skip
     ids, logps = ids.cpu(), logps.cpu()  # (R, T)
     is_end = torch.isin(ids, torch.tensor(ends))
     mask = is_end.cumsum(-1) - is_end.long() == 0  # up to and including the first end token
     ended = is_end.any(-1)
     logps = torch.where(mask, logps, 0.0)
+    if logps.isnan().any():
+        raise ValueError("the model's logits are NaN: its weights are, or overflow in its dtype")
     columns = (column.split(group_sizes) for column in (ids, mask, ended, logps))
     return [
         Rollout(prompt, *group, decode_texts(tokenizer, group[0], group[1], ends))
@@ -204,11 +209,11 @@ def is_sharded(model) -> bool:
 def _generate(model, generation_config: GenerationConfig, **inputs) -> tuple[Tensor, Tensor]:
     """model.generate without the checkpoint's own settings; what `decode` returns.
 
-    generate fills every field that is left at its default from model.generation_config, which for
-    Qwen2.5-VL has a repetition penalty and a temperature near zero.
+    generate fills every field that is None from model.generation_config, which for Qwen2.5-VL has a
+    repetition penalty and a temperature near zero.
     """
-    checkpoints_own, model.generation_config = model.generation_config, GenerationConfig()
     fast = fast_linear(model.lm_head)
+    checkpoints_own, model.generation_config = model.generation_config, GenerationConfig()
     if fast is not None:
         model.lm_head.forward = fast
     try:
@@ -235,7 +240,7 @@ def decode(
         input_ids: int64 (R, S), of which all but the last token are in the cache.
         draw: from float32 logits (R, V), its own to write to, and the step to tokens and their
             log-probabilities, both (R,).
-        together: no rank stops before the last one has to.
+        together: all ranks take the same number of steps.
         inputs: as generate has prepared them; past_key_values, position_ids int64 (3, R, S),
             attention_mask int64 (R, S) or None if nothing is padded.
     Returns:
@@ -298,7 +303,7 @@ def batch_rows(pack: Pack, group_sizes: list[int], pad_token: int) -> dict[str, 
     """Left-padded prompts, repeated for each response: what `generate` takes.
 
     Returns:
-        input_ids, attention_mask: int64 (R, S). position_ids: int64 (3, R, S), from which generate
+        input_ids, attention_mask: int64 (R, S). position_ids: int64 (3, R, S), from which `decode`
         counts on, on all three axes.
     """
     longest = max(segment.length for segment in pack.segments)
@@ -349,8 +354,8 @@ def expand_cache(
 ) -> DynamicCache:
     """The packed prompts' cache as rows, each prompt repeated for its responses.
 
-    The last prompt token is left out: generate runs it as its first step, which gives the logits
-    of the first response token.
+    The last prompt token is left out: `decode` runs it as its first step, which gives the logits of
+    the first response token.
     """
     longest = max(segment.length for segment in pack.segments)
 

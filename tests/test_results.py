@@ -2,6 +2,7 @@
 file; records of two provenances are never mixed."""
 
 import dataclasses
+import errno
 import json
 import shutil
 
@@ -55,7 +56,7 @@ def run(folder, world, stop_after=None, **changes):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".lock"}
 
 
 @pytest.fixture
@@ -112,15 +113,15 @@ def test_another_number_of_ranks_goes_on(tmp_path, world, whole):
         if rank != 1:
             found.append(number, records(number))
         found.part.close()
+        found.lock.close()
     assert len(list(tmp_path.glob("*.part.jsonl"))) == 3
     assert run(tmp_path, world) == [1, 3]
     assert contents(tmp_path) == whole
 
 
-@pytest.mark.parametrize("done", range(7))
+@pytest.mark.parametrize("done", range(6))
 def test_killed_between_the_steps_of_the_end(tmp_path, world, whole, monkeypatch, done):
-    """The steps: records beside, records in place, summary beside, summary in place, part gone,
-    lock gone."""
+    """The steps: records beside, records in place, summary beside, summary in place, part gone."""
 
     class Killed(BaseException):
         pass
@@ -140,7 +141,7 @@ def test_killed_between_the_steps_of_the_end(tmp_path, world, whole, monkeypatch
         patched.setattr(results.Path, "write_text", counted(results.Path.write_text))
         patched.setattr(results.os, "replace", counted(results.os.replace))
         patched.setattr(results.Path, "unlink", counted(results.Path.unlink))
-        if done < 6:
+        if done < 5:
             with pytest.raises(Killed):
                 run(tmp_path, world)
         else:
@@ -230,20 +231,31 @@ def test_a_damaged_file_is_named(tmp_path, world, name, text):
         open_results(tmp_path, world)
 
 
-def test_two_runs_do_not_write_the_same_results(tmp_path, world, whole):
-    first = open_results(tmp_path, world)
+@pytest.mark.parametrize("overwrites", [False, True], ids=["goes-on", "overwrites"])
+@pytest.mark.parametrize("finished", [False, True], ids=["nothing-there", "finished-before"])
+def test_two_runs_do_not_write_the_same_results(tmp_path, world, whole, finished, overwrites):
+    if finished:
+        run(tmp_path, world)
+    first = open_results(tmp_path, world, overwrite=True)
     first.begin()
+    dealt = first.deal(BATCHES)
     first.append(0, records(0))
-    part = (tmp_path / f"{NAME}.rank0.part.jsonl").read_bytes()
-    for overwrite in (False, True):
-        second = open_results(tmp_path, world, overwrite)
-        with pytest.raises(ValueError, match=f"another run is writing .*{NAME}.jsonl"):
-            second.begin()
-    assert (tmp_path / f"{NAME}.rank0.part.jsonl").read_bytes() == part
-    first.part.close()
-    first.lock.close()  # as the end of its process does
-    assert run(tmp_path, world) == [1, 2, 3]
+    with pytest.raises(ValueError, match=f"another run is writing to .*{NAME}.jsonl"):
+        open_results(tmp_path, world, overwrites)
+    for number, _ in dealt[1:]:
+        first.append(number, records(number))
+    first.finish(lambda items: {"n": len(items)})
     assert contents(tmp_path) == whole
+    assert run(tmp_path, world) == [], "nothing is held when all is finished"
+
+
+def test_a_place_that_cannot_be_locked_is_named(tmp_path, world, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(results.fcntl, "flock", refuse)
+    with pytest.raises(ValueError, match=f"{NAME}.jsonl cannot be locked: No locks available"):
+        open_results(tmp_path, world)
 
 
 def test_results_of_names_that_begin_alike_are_apart(tmp_path, world):

@@ -143,9 +143,10 @@ def test_generate_leaves_the_model_as_it_was(toy_folder, model, tokenizer, monke
     prompts = plain.toy_prompts(toy_folder, tokenizer, ["video"])
     settings = model.generation_config
     sample_groups(model, tokenizer, prompts, keys(1, 2), 3)
-    monkeypatch.setattr(model, "generate", lambda **_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        sample_groups(model, tokenizer, prompts, keys(1, 2), 3)
+    for owner, name in ((model, "generate"), (sampling, "fast_linear")):
+        monkeypatch.setattr(owner, name, lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            sample_groups(model, tokenizer, prompts, keys(1, 2), 3)
     assert model.generation_config is settings
     assert "forward" not in vars(model.lm_head)
 
@@ -173,9 +174,11 @@ def test_vision_and_prefill_run_once(toy_folder, model, tokenizer):
     assert set(decode) == {(6, 1)}
 
 
-def test_masks_end_with_the_end_token(toy_folder, base, tokenizer):
+@pytest.mark.parametrize("which", [0, 1])
+def test_masks_end_with_the_end_token(toy_folder, base, tokenizer, which):
     model = load_model(base, CPU)
-    end = end_tokens(model)[0]
+    model.generation_config.eos_token_id = [*end_tokens(model)[:1], 7]
+    end = end_tokens(model)[which]
     with torch.no_grad():  # make the end token likely
         model.lm_head.weight[end] = 0
         model.lm_head.weight.mul_(0.1)
@@ -194,6 +197,15 @@ def test_masks_end_with_the_end_token(toy_folder, base, tokenizer):
         assert not set(tokens[:-1]) & set(end_tokens(model))
         assert text == tokenizer.decode(tokens[:-1] if ended else tokens)
     assert (rollout.lengths[~rollout.ended] == 6).all()
+
+
+def test_logits_that_are_nan_are_an_error(toy_folder, base, tokenizer):
+    model = load_model(base, CPU)
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] = torch.nan
+    prompts = plain.toy_prompts(toy_folder, tokenizer, ["video"])
+    with pytest.raises(ValueError, match="logits are NaN"):
+        sample_groups(model, tokenizer, prompts, keys(1, 2), 3)
 
 
 def test_the_checkpoints_generation_config_is_left_alone(toy_folder, model, tokenizer):

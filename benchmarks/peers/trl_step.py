@@ -5,12 +5,13 @@
     trl/bin/python benchmarks/peers/trl_step.py MODEL_FOLDER CLIP NEW_TOKENS STEPS
 
 TRL has no shuffled group: it samples two thirds of our responses at G = 8. It takes no video
-either, so that 8 images of 196 x 112 pixels stand for the 8 grids of 16 such frames: the vision
-tokens are as many. Plain GRPO, beta 0.04 (a reference model runs), no activation checkpointing,
-float32 on CPU. Prints a line for each step, the first of which is not counted.
+either, so that 8 images of 196 x 112 pixels, read once, stand for the 8 grids of 16 such frames:
+the vision tokens are as many. Plain GRPO, beta 0.04 (a reference model runs), no activation
+checkpointing, float32 on CPU. Prints a line for each step, the first of which is not counted.
 """
 
 import sys
+import tempfile
 
 import numpy as np
 import torch
@@ -58,12 +59,14 @@ def read_images(clip: str, count: int = 8) -> list:
     return list(frames)
 
 
-def reward(completions, **_) -> list[float]:
-    """Anything that differs within a group: with equal rewards TRL has nothing to learn from."""
-    return [float(len(completion[0]["content"]) % 7) for completion in completions]
-
-
 def main(folder: str, clip: str, new_tokens: str, steps: str) -> None:
+    watch = Watch(int(new_tokens))
+
+    def reward(completions, completion_ids, **_) -> list[float]:
+        """Anything that differs within a group: with equal rewards there is nothing to learn."""
+        assert {len(ids) for ids in completion_ids} == {watch.new_tokens}
+        return [float(len(completion[0]["content"]) % 7) for completion in completions]
+
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     processor = ImagesAlone(
         AutoImageProcessor.from_pretrained(folder), tokenizer, chat_template=tokenizer.chat_template
@@ -74,18 +77,19 @@ def main(folder: str, clip: str, new_tokens: str, steps: str) -> None:
     }
     prompt = List({"role": Value("string"), "content": Value("string")})
     features = Features({"prompt": prompt, "images": List(Image())})
-    watch = Watch(int(new_tokens))
-    config = GRPOConfig(
-        output_dir="trl_step", max_steps=int(steps), save_strategy="no", report_to="none",
-        logging_strategy="no", disable_tqdm=True, use_cpu=True, bf16=False,
-        per_device_train_batch_size=8, num_generations=8, max_completion_length=int(new_tokens),
-        beta=0.04, temperature=1.0, learning_rate=1e-6, gradient_checkpointing=False,
-    )  # fmt: skip
-    GRPOTrainer(
-        model=Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32),
-        reward_funcs=reward, args=config, processing_class=processor, callbacks=[Timer(watch)],
-        train_dataset=Dataset.from_dict(rows, features=features),
-    ).train()  # fmt: skip
+    with tempfile.TemporaryDirectory() as output:
+        config = GRPOConfig(
+            output_dir=output, max_steps=int(steps), save_strategy="no", report_to="none",
+            logging_strategy="no", disable_tqdm=True, use_cpu=True, bf16=False,
+            per_device_train_batch_size=8, num_generations=8, beta=0.04, temperature=1.0,
+            max_completion_length=watch.new_tokens, learning_rate=1e-6,
+            generation_kwargs={"min_new_tokens": watch.new_tokens}, gradient_checkpointing=False,
+        )  # fmt: skip
+        GRPOTrainer(
+            model=Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32),
+            reward_funcs=reward, args=config, processing_class=processor,
+            callbacks=[Timer(watch)], train_dataset=Dataset.from_dict(rows, features=features),
+        ).train()  # fmt: skip
     watch.report()
 
 
