@@ -72,23 +72,26 @@ def library_versions() -> dict[str, str]:
 def claim(lock: Path, what: str) -> TextIO:
     """Hold a lock file until what this returns is closed or the process ends.
 
-    The file stays: whoever deleted it could delete one that another run has just taken.
+    Who holds it may delete it.
 
     Raises:
         ValueError: another process holds it, or there is no place for it; names `what`.
     """
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        file = lock.open("w")
-    except OSError as error:
-        raise ValueError(f"{what}: {error.strerror}") from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"another run is writing to {what}") from None
-    except OSError as error:  # a file system without locks
-        raise ValueError(f"{what} cannot be locked: {error.strerror}") from None
-    return file
+    while True:
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            file = lock.open("w")
+        except OSError as error:
+            raise ValueError(f"{what}: {error.strerror}") from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another run is writing to {what}") from None
+        except OSError as error:  # a file system without locks
+            raise ValueError(f"{what} cannot be locked: {error.strerror}") from None
+        if os.fstat(file.fileno()).st_nlink:
+            return file
+        file.close()  # deleted between open and flock by the one who held it
 
 
 def on_main(world: World, work: Callable[[], object]) -> object:
@@ -196,6 +199,7 @@ class Results:
         self.provenance = json.loads(json.dumps(provenance))  # as it will be read: no tuples
         self.records_file = folder / f"{name}.jsonl"
         self.summary_file = folder / f"{name}.summary.json"
+        self.lock_file = folder / f".{name}.lock"
         self.stale: list[Path] = []  # parts to delete, on rank 0
         self.finished, self.done = on_main(world, lambda: self._look(overwrite))
 
@@ -214,7 +218,7 @@ class Results:
             log(f"{self.records_file} is finished (--overwrite true computes it anew)")
             if not self._parts():
                 return True, set()
-        self.lock = claim(self.folder / f".{self.name}.lock", str(self.records_file))
+        self.lock = claim(self.lock_file, str(self.records_file))
         if finished:
             self._close()  # a kill in the last moment left parts
             return True, set()
@@ -296,8 +300,8 @@ class Results:
 
     def _close(self) -> None:
         """Delete the parts, once what was made of them is on disk, and let others write."""
-        for part in self._parts():
-            part.unlink()
+        for path in (*self._parts(), self.lock_file):
+            path.unlink()
         self.lock.close()
 
     def finish(self, summarise: Callable[[list[dict]], dict]) -> None:
