@@ -329,8 +329,9 @@ def make_room(out: Path, made_by: dict, rules: dict, overwrite: bool) -> bool:
             log(f"{files[0]} {what}: replaced")
             stale += files
     if stale:
-        with claim(out.with_name(f".{prefix}lock"), f"--out {out}"):
-            for file in stale:
+        lock = out.with_name(f".{prefix}lock")
+        with claim(lock, f"--out {out}"):
+            for file in (*stale, lock):
                 file.unlink(missing_ok=True)
     return out.exists()
 

@@ -189,7 +189,7 @@ class Results:
         overwrite: replace whatever is there.
     Raises:
         ValueError, on rank 0: the folder holds results of another provenance, and names the
-            difference; or another run is writing these results.
+            difference; or they are finished and another run is writing them anew.
     """
 
     def __init__(
@@ -207,6 +207,14 @@ class Results:
         parts = self.folder.glob("*.part.jsonl")
         return sorted(part for part in parts if part.name.startswith(f"{self.name}.rank"))
 
+    def _files(self) -> dict[str, int]:
+        """What is there, by its length: another run would change it."""
+        files = (self.records_file, self.summary_file, *self._parts())
+        return {file.name: file.stat().st_size for file in files if file.exists()}
+
+    def _claim(self) -> None:
+        self.lock = claim(self.lock_file, str(self.records_file))
+
     def _look(self, overwrite: bool) -> tuple[bool, set[int]]:
         """Whether the results are finished, and if not, which batches are done."""
         summary = read_summary(self.summary_file)
@@ -216,12 +224,11 @@ class Results:
         )  # fmt: skip
         if finished:
             log(f"{self.records_file} is finished (--overwrite true computes it anew)")
-            if not self._parts():
-                return True, set()
-        self.lock = claim(self.lock_file, str(self.records_file))
-        if finished:
-            self._close()  # a kill in the last moment left parts
+            if self._parts() or self.lock_file.exists():  # left by a kill in the last moment
+                self._claim()
+                self._close()
             return True, set()
+        self.seen = self._files()
         if overwrite:
             self.stale = self._parts()
             return False, set()
@@ -262,7 +269,12 @@ class Results:
         return left[self.world.rank :: self.world.size]
 
     def begin(self) -> None:
-        """Clear away what is out of date, and open this rank's part."""
+        """Clear away what is out of date, and open this rank's part.
+
+        Raises:
+            ValueError, on rank 0: another run is writing these results, or has since they were
+                looked at.
+        """
         main_does(self.world, self._clear)
         path = self.folder / f"{self.name}.rank{self.world.rank}.part.jsonl"
         whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
@@ -273,6 +285,9 @@ class Results:
             self._write(self.provenance)
 
     def _clear(self) -> None:
+        self._claim()
+        if self._files() != self.seen:
+            raise ValueError(f"another run has written to {self.records_file} since: start anew")
         for path in self.stale:
             path.unlink()
 

@@ -422,17 +422,17 @@ def test_killed_between_batches(config, teacher, whole, done):
     assert contents(config) == expected
 
 
-@pytest.mark.parametrize("done", range(10))
+@pytest.mark.parametrize("done", range(11))
 @pytest.mark.parametrize("replaced", [False, True], ids=["new", "replaced"])
 def test_killed_between_the_steps_of_the_end(config, teacher, whole, monkeypatch, done, replaced):
-    """Each file is written beside and renamed, four of them; a part is deleted. A run that replaces
-    another deletes its four files before."""
+    """Each file is written beside and renamed, four of them; a part and the lock are deleted. A run
+    that replaces another deletes its four files and a lock before."""
     expected = uninterrupted(config, teacher, whole)
     if replaced:
         annotate_here(dataclasses.replace(config, seed=1))
         config = dataclasses.replace(config, overwrite=True)
         teacher.clear()
-    left = [done + 4 * replaced]
+    left = [done + 5 * replaced]
 
     def counted(function):
         def step(*arguments, **named):
@@ -447,14 +447,14 @@ def test_killed_between_the_steps_of_the_end(config, teacher, whole, monkeypatch
         patched.setattr(Path, "write_text", counted(Path.write_text))
         patched.setattr(Path, "unlink", counted(Path.unlink))
         patched.setattr(results.os, "replace", counted(os.replace))
-        with pytest.raises(Killed) if done < 9 else contextlib.nullcontext():
+        with pytest.raises(Killed) if done < 10 else contextlib.nullcontext():
             annotate_here(config)
     annotate_here(config)
     assert sorted(sum(teacher, [])) == [0, 1, 3, 4, 5, 6], "no row is asked twice"
     assert contents(config) == expected
 
 
-@pytest.mark.parametrize("done", range(4))
+@pytest.mark.parametrize("done", range(5))
 def test_killed_while_the_old_files_are_deleted(config, teacher, whole, monkeypatch, done):
     expected = uninterrupted(config, teacher, whole)
     annotate_here(dataclasses.replace(config, seed=1, min_length=12))

@@ -113,7 +113,8 @@ def test_another_number_of_ranks_goes_on(tmp_path, world, whole):
         if rank != 1:
             found.append(number, records(number))
         found.part.close()
-        found.lock.close()
+        if rank == 0:
+            found.lock.close()
     assert len(list(tmp_path.glob("*.part.jsonl"))) == 3
     assert run(tmp_path, world) == [1, 3]
     assert contents(tmp_path) == whole
@@ -122,7 +123,7 @@ def test_another_number_of_ranks_goes_on(tmp_path, world, whole):
 @pytest.mark.parametrize("done", range(7))
 def test_killed_between_the_steps_of_the_end(tmp_path, world, whole, monkeypatch, done):
     """The steps: records beside, records in place, summary beside, summary in place, part gone,
-    lock gone. A kill before the last leaves the lock's empty file, which nobody holds."""
+    lock gone."""
 
     class Killed(BaseException):
         pass
@@ -148,8 +149,7 @@ def test_killed_between_the_steps_of_the_end(tmp_path, world, whole, monkeypatch
         else:
             run(tmp_path, world)
     assert run(tmp_path, world) == [], "no batch is computed again"
-    left_over = {f".{NAME}.lock": b""} if done == 5 else {}
-    assert contents(tmp_path) == whole | left_over
+    assert contents(tmp_path) == whole
 
 
 def test_finished_results_are_not_computed_again(tmp_path, world, whole, capsys):
@@ -233,9 +233,12 @@ def test_a_damaged_file_is_named(tmp_path, world, name, text):
         open_results(tmp_path, world)
 
 
-@pytest.mark.parametrize("overwrites", [False, True], ids=["goes-on", "overwrites"])
 @pytest.mark.parametrize("finished", [False, True], ids=["nothing-there", "finished-before"])
-def test_two_runs_do_not_write_the_same_results(tmp_path, world, whole, finished, overwrites):
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_two_runs_do_not_write_the_same_results(tmp_path, world, whole, finished, overwrite):
+    def start():
+        open_results(tmp_path, world, overwrite).begin()
+
     if finished:
         run(tmp_path, world)
     first = open_results(tmp_path, world, overwrite=True)
@@ -243,12 +246,25 @@ def test_two_runs_do_not_write_the_same_results(tmp_path, world, whole, finished
     dealt = first.deal(BATCHES)
     first.append(0, records(0))
     with pytest.raises(ValueError, match=f"another run is writing to .*{NAME}.jsonl"):
-        open_results(tmp_path, world, overwrites)
+        start()
     for number, _ in dealt[1:]:
         first.append(number, records(number))
     first.finish(lambda items: {"n": len(items)})
     assert contents(tmp_path) == whole
     assert run(tmp_path, world) == [], "nothing is held when all is finished"
+
+
+@pytest.mark.parametrize("stop_after", [None, 2], ids=["finished", "unfinished"])
+def test_what_another_run_wrote_since_the_first_look_is_no_state_to_go_on_from(
+    tmp_path, world, stop_after
+):
+    late = open_results(tmp_path, world)
+    run(tmp_path, world, stop_after)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=f"written to .*{NAME}.jsonl since: start anew"):
+        late.begin()
+    late.lock.close()
+    assert {**contents(tmp_path), f".{NAME}.lock": b""} == {**before, f".{NAME}.lock": b""}
 
 
 def test_a_lock_that_was_deleted_before_it_was_held_is_taken_anew(tmp_path, monkeypatch):
@@ -277,7 +293,7 @@ def test_a_place_that_cannot_be_locked_is_named(tmp_path, world, monkeypatch):
 
     monkeypatch.setattr(results.fcntl, "flock", refuse)
     with pytest.raises(ValueError, match=f"{NAME}.jsonl cannot be locked: No locks available"):
-        open_results(tmp_path, world)
+        open_results(tmp_path, world).begin()
 
 
 def test_results_of_names_that_begin_alike_are_apart(tmp_path, world):
