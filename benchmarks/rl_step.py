@@ -58,7 +58,7 @@ from training import make_optimizer
 # What the phases are called in the table, in the order of a step. A phase is without its parts.
 PHASES = {
     "data": "data: decode the clip, make the prompts",
-    "rollout": "rollout: gather weights, expand the cache, texts",
+    "rollout": "rollout: gather and lay out weights, cache, texts",
     "rollout.vision": "rollout: vision tower",
     "rollout.prefill": "rollout: prefill",
     "rollout.decode": "rollout: decode",
