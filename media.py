@@ -508,7 +508,7 @@ def worker_main(parent):
             frames, seconds = decode(**json.loads(line))
         except MediaError as error:
             reply({"status": "media", "text": str(error)})
-        except Exception:
+        except Exception:  # the process boundary: the parent raises it, with this traceback
             reply({"status": "bug", "text": traceback.format_exc()})
         else:
             reply({"status": "ok", "seconds": seconds, "shape": frames.shape}, frames.data)
@@ -642,7 +642,7 @@ class DecoderPool:
                 continue
             try:
                 result = self.worker(slot).run(path, request, self.timeout)
-            except BaseException as error:
+            except BaseException as error:  # raised where the future is read, as an executor does
                 closed = RuntimeError(f"{path}: the decoder pool was closed")
                 future.set_exception(closed if self.closed else error)
             else:

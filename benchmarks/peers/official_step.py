@@ -29,14 +29,9 @@ from transformers import (
     Qwen2_5_VLProcessor,
     Qwen2VLImageProcessor,
 )
-from watch import Watch
+from watch import QUESTION, Watch
 
 SIZE, SHUFFLED_SIZE = 8, 4  # G and G~
-QUESTION = (
-    "Which way does the animal in the video turn its head?\nA. left\nB. right\nPlease think about "
-    "this question as if you were a human pondering deeply. Provide your answer between the "
-    "<answer> </answer> tags."
-)
 
 
 def load(folder: str) -> Qwen2_5_VLForConditionalGeneration:

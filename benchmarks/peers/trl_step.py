@@ -25,13 +25,7 @@ from transformers import (
     TrainerCallback,
 )
 from trl import GRPOConfig, GRPOTrainer
-from watch import Watch
-
-QUESTION = (
-    "Which way does the animal in the video turn its head?\nA. left\nB. right\nPlease think about "
-    "this question as if you were a human pondering deeply. Provide your answer between the "
-    "<answer> </answer> tags."
-)
+from watch import QUESTION, Watch
 
 
 class ImagesAlone(Qwen2_5_VLProcessor):

@@ -1,9 +1,15 @@
-"""Seconds of steps, and the peak memory of the process."""
+"""What the peers' steps share: the question, seconds of steps, the peak memory of the process."""
 
 import json
 import resource
 import statistics
 import time
+
+QUESTION = (
+    "Which way does the animal in the video turn its head?\nA. left\nB. right\nPlease think about "
+    "this question as if you were a human pondering deeply. Provide your answer between the "
+    "<answer> </answer> tags."
+)
 
 
 class Watch:
