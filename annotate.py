@@ -41,19 +41,16 @@ from pathlib import Path
 from tqdm import tqdm
 
 import toy
-from answering import (
+from config import MediaConfig
+from data import Sample, load_samples, load_template, read_rows
+from evaluation.answering import (
     Answer,
     AnswerSettings,
     answer,
-    answer_dtype,
     fixed_batches,
     load_for_answers,
 )
-from config import MediaConfig, flag, parse_config, require
-from data import DecoderPool, Sample, load_samples, load_template, read_rows
-from distributed import World, log, main_does, process_group, run
-from model import load_normalisation, load_tokenizer
-from results import (
+from evaluation.results import (
     Results,
     claim,
     describe,
@@ -61,13 +58,17 @@ from results import (
     file_sha256,
     fingerprint,
     library_versions,
-    on_main,
     read_part,
     read_records,
     read_summary,
     write_json,
     write_whole,
 )
+from infra.distributed import World, log, main_does, on_main, process_group, run
+from infra.errors import UserError, require
+from infra.flags import flag, parse_config
+from infra.video import DecoderPool
+from model import load_normalisation, load_tokenizer
 from rewards import accuracy_reward, format_reward
 
 REAL_COMMAND = (
@@ -110,8 +111,8 @@ class AnnotateConfig(MediaConfig):
     max_repetition: float = flag(0.3, f"share of repeated runs of {RUN_LENGTH} tokens at most")
 
     def check(self) -> None:
-        """Raises ValueError naming the first flag whose value makes no sense."""
-        self.check_media()
+        """Raises UserError naming the first flag whose value makes no sense."""
+        super().check()
         for name in ("num_samples", "batch_size", "max_new_tokens"):
             require(getattr(self, name) >= 1, f"--{name} must be at least 1")
         require(self.temperature > 0, "--temperature must be positive")
@@ -264,7 +265,7 @@ def annotate(config: AnnotateConfig, world: World) -> None:
     """Write --out and its report, going on with the tries that are there.
 
     Raises:
-        ValueError: naming the flag, or the file, its row, or what is in the place of --out.
+        UserError: naming the flag, or the file, its row, or what is in the place of --out.
     """
     samples = load_samples(config.data, config.data_root or None)
     template = load_template(config.prompt_template)
@@ -274,7 +275,7 @@ def annotate(config: AnnotateConfig, world: World) -> None:
     flags = dataclasses.asdict(config)
     made_by = {
         **{name: value for name, value in flags.items() if name not in NOT_IN_TRIES},
-        "template": template, "device": f"{world.device.type} {answer_dtype(world)}", **hashes,
+        "template": template, "device": f"{world.device.type} {world.dtype}", **hashes,
     }  # fmt: skip
     rules = {name: flags[name] for name in RULE_FLAGS}
     out = Path(config.out)
@@ -302,13 +303,13 @@ def make_room(out: Path, made_by: dict, rules: dict, overwrite: bool) -> bool:
         made_by, rules: the provenance of the tries, and what that of --out has besides.
 
     Raises:
-        ValueError: something else is there, and --overwrite is not given; --out has no place; or
+        UserError: something else is there, and --overwrite is not given; --out has no place; or
             another run is writing what would be deleted.
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"--out {out}: {error.strerror}") from None
+        raise UserError(f"--out {out}: {error.strerror}") from None
     found: list[tuple[dict, dict, list[Path]]] = []  # what made it, what should have, the files
     if out.exists():
         report = read_summary(report_file(out)) or {}

@@ -18,7 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from media import DecoderPool, MediaError, read_frames, read_image, smart_resize
+from infra.errors import MediaError, UserError
+from infra.video import DecoderPool, read_frames, read_image, smart_resize
+from rewards import check_solution
 
 __all__ = [
     "DecoderPool", "MediaError", "Prompt", "Sample", "check_rows", "load_samples", "make_prompt",
@@ -49,10 +51,6 @@ ANSWER_FORMATS = {
     "free-form": "Answer in a short text.",
     "regression": "Answer with one number.",
 }
-
-
-class UnusableSample(ValueError):
-    """A sample that the model cannot take, though its row and its file are sound."""
 
 
 @dataclass(frozen=True)
@@ -109,11 +107,11 @@ def load_samples(path: str | Path, data_root: str | Path | None = None) -> list[
     Args:
         path: the file. data_root: what the rows' paths are relative to; default: its folder.
     Raises:
-        ValueError: naming the file, and the row (counted from 0) if it is one row's fault.
+        UserError: naming the file, and the row (counted from 0) if it is one row's fault.
     """
     samples, faults = check_rows(path, data_root)
     if faults:
-        raise ValueError(faults[0])
+        raise UserError(faults[0])
     return samples
 
 
@@ -143,23 +141,23 @@ def check_rows(
     Returns:
         the samples in the file's order; the messages, lines that are not JSON before other rows.
     Raises:
-        ValueError: it is the whole file's fault; names the file.
+        UserError: it is the whole file's fault; names the file.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"data file {path} does not exist")
+        raise UserError(f"data file {path} does not exist")
     root = Path(data_root) if data_root else path.parent
     if not root.is_dir():
-        raise ValueError(f"data root {root} is not a folder")
+        raise UserError(f"data root {root} is not a folder")
     rows, faults = read_rows(path)
     if not rows and not faults:
-        raise ValueError(f"{path} holds no rows")
+        raise UserError(f"{path} holds no rows")
     find = functools.cache(functools.partial(_find_base, root))  # one look per top folder
     samples = []
     for number, row in rows.items():
         try:
             samples.append(_check_row(row, number, path, find))
-        except ValueError as error:
+        except UserError as error:
             faults.append(str(error))
     return samples, faults
 
@@ -169,7 +167,7 @@ def read_rows(path: Path) -> tuple[dict[int, object], list[str]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}") from None
+        raise UserError(f"{path} is not UTF-8: {error}") from None
     if text.lstrip()[:1] == "[":
         return dict(enumerate(_parse_json(text, str(path)))), []
     # Not splitlines, which also cuts at characters that a JSON text may hold.
@@ -178,7 +176,7 @@ def read_rows(path: Path) -> tuple[dict[int, object], list[str]]:
     for number, line in enumerate(lines):
         try:
             rows[number] = _parse_json(line, f"{path}, row {number}")
-        except ValueError as error:
+        except UserError as error:
             faults.append(str(error))
     return rows, faults
 
@@ -187,13 +185,13 @@ def _parse_json(text: str, where: str):
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # no JSON, a number too long, nested too deeply
-        raise ValueError(f"{where} is not JSON: {error}") from None
+        raise UserError(f"{where} is not JSON: {error}") from None
 
 
 def _check_row(row: object, number: int, path: Path, find: Callable[[str], Path]) -> Sample:
     where = f"{path}, row {number}"
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected an object, found {type(row).__name__}")
+        raise UserError(f"{where}: expected an object, found {type(row).__name__}")
     row = dict(row)
 
     def text(key: str, required: bool = True) -> str:
@@ -201,7 +199,7 @@ def _check_row(row: object, number: int, path: Path, find: Callable[[str], Path]
         if value is None and not required:
             return ""
         if not isinstance(value, str) or (required and not value.strip()):
-            raise ValueError(f"{where}: '{key}' must be a text that is not empty, found {value!r}")
+            raise UserError(f"{where}: '{key}' must be a text that is not empty, found {value!r}")
         return _check_text(value, f"{where}: '{key}'")
 
     def one_of(key: str, allowed: tuple[str, ...]) -> str:
@@ -209,7 +207,7 @@ def _check_row(row: object, number: int, path: Path, find: Callable[[str], Path]
         for name in allowed:
             if value.strip().lower() == name.lower():
                 return name
-        raise ValueError(f"{where}: unknown {key} {value!r}; known are {', '.join(allowed)}")
+        raise UserError(f"{where}: unknown {key} {value!r}; known are {', '.join(allowed)}")
 
     relative = text("path")
     data_type = one_of("data_type", ("image", "video", "frame"))
@@ -218,12 +216,12 @@ def _check_row(row: object, number: int, path: Path, find: Callable[[str], Path]
     options = row.pop("options", None)
     options = [] if options is None else options
     if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
-        raise ValueError(f"{where}: 'options' must be a list of texts, found {options!r}")
+        raise UserError(f"{where}: 'options' must be a list of texts, found {options!r}")
     for option in options:
         _check_text(option, f"{where}: an option")
     problem_id = row.pop("problem_id", number)
     if not isinstance(problem_id, int | str):
-        raise ValueError(f"{where}: 'problem_id' must be a number or a text, found {problem_id!r}")
+        raise UserError(f"{where}: 'problem_id' must be a number or a text, found {problem_id!r}")
     return Sample(
         problem_id=problem_id,
         problem=text("problem"),
@@ -244,7 +242,7 @@ def _check_text(value: str, what: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(f"{what} is not valid Unicode: {error}") from None
+        raise UserError(f"{what} is not valid Unicode: {error}") from None
     return value
 
 
@@ -253,7 +251,7 @@ def _resolve(relative: str, find: Callable[[str], str], where: str) -> str:
     take half of the time that a file of 263,071 rows takes.)"""
     parts = [part for part in relative.split("/") if part not in ("", ".")]
     if relative.startswith("/") or ".." in parts or "\0" in relative:
-        raise ValueError(f"{where}: 'path' must stay inside the data root, found {relative!r}")
+        raise UserError(f"{where}: 'path' must stay inside the data root, found {relative!r}")
     return "/".join([find(parts[0] if parts else ""), *parts])
 
 
@@ -280,13 +278,13 @@ def load_template(path: str | None) -> str:
     if not path:
         return TEMPLATE
     if not Path(path).is_file():
-        raise ValueError(f"--prompt_template {path} does not exist")
+        raise UserError(f"--prompt_template {path} does not exist")
     try:
         template = Path(path).read_text(encoding="utf-8").rstrip("\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"--prompt_template {path} is not UTF-8: {error}") from None
+        raise UserError(f"--prompt_template {path} is not UTF-8: {error}") from None
     if "{question}" not in template:
-        raise ValueError(f"--prompt_template {path} does not hold {{question}}")
+        raise UserError(f"--prompt_template {path} does not hold {{question}}")
     return template
 
 
@@ -324,7 +322,7 @@ def make_prompt(
         limits: max_frames, min_pixels, max_pixels, image_max_pixels, where frames are read here.
     Raises:
         MediaError: the file cannot be used.
-        ValueError: the question or the template holds a vision token of its own.
+        UserError: the question or the template holds a vision token of its own.
     """
     if frames is None:
         frames = decode(sample, **limits)
@@ -344,7 +342,7 @@ def make_prompt(
     vision_ids = [tokenizer.convert_tokens_to_ids(f"<|{kind}_pad|>") for kind in ("image", "video")]
     places = [place for place, token in enumerate(ids) if token in vision_ids]
     if len(places) != 1 or ids[places[0]] != vision_ids[sample.is_video]:
-        raise ValueError(
+        raise UserError(
             f"problem {sample.problem_id} (row {sample.row}): its prompt must hold one "
             f"<|{sample.data_type}_pad|>, put there by the chat template, but holds {len(places)} "
             "vision tokens: does the question or the template name one?"
@@ -367,7 +365,7 @@ def response_ids(sample: Sample, tokenizer) -> Tensor:
     """The assistant's turn of an SFT row: process, line break, solution, end token. int64 (T,).
 
     Raises:
-        ValueError: the row has no `process`, or holds a vision token: its probability is 0.
+        UserError: the row has no `process`, or holds a vision token: its probability is 0.
     """
     require_process(sample)
     solution = sample.solution.strip()
@@ -378,24 +376,33 @@ def response_ids(sample: Sample, tokenizer) -> Tensor:
     vision = set(ids) & set(tokenizer.convert_tokens_to_ids(list(VISION_TOKENS)))
     if vision:
         where = f"row {sample.row} (problem {sample.problem_id})"
-        raise ValueError(f"{where}: its response holds {tokenizer.decode(sorted(vision))}")
+        raise UserError(f"{where}: its response holds {tokenizer.decode(sorted(vision))}")
     return torch.tensor([*ids, tokenizer.eos_token_id])
 
 
 def require_no_vision_tokens(sample: Sample) -> None:
-    """Raise ValueError, naming the row, if a text spells a vision token, which would become one."""
+    """Raise UserError, naming the row, if a text spells a vision token, which would become one."""
     texts = (sample.problem, *sample.options, sample.process, sample.solution)
     for token in VISION_TOKENS:
         if any(token in text for text in texts):
             where = f"row {sample.row} (problem {sample.problem_id})"
-            raise ValueError(f"{where} holds the vision token {token} as text")
+            raise UserError(f"{where} holds the vision token {token} as text")
 
 
 def require_process(sample: Sample) -> None:
-    """Raise ValueError, naming the row, unless a sample has a chain of thought to learn."""
+    """Raise UserError, naming the row, unless a sample has a chain of thought to learn."""
     if not sample.process.strip():
         where = f"row {sample.row} (problem {sample.problem_id})"
-        raise ValueError(f"{where} has no 'process' to learn from")
+        raise UserError(f"{where} has no 'process' to learn from")
+
+
+def require_solution(sample: Sample) -> None:
+    """Raise UserError, naming the row, if no answer can ever match the solution: its reward would
+    always be 0, which looks like a model that fails."""
+    try:
+        check_solution(sample.solution, sample.problem_type)
+    except ValueError as error:
+        raise UserError(f"row {sample.row} (problem {sample.problem_id}): {error}") from None
 
 
 # --------------------------------------------------------------------------------------- frames
@@ -438,7 +445,7 @@ def reorder_frames(frames: Tensor, order: str, generator: torch.Generator | None
         return frames.flip(0)
     if order == "single":
         return frames[count // 2 : count // 2 + 1].expand(count, -1, -1, -1)
-    raise ValueError(f"order must be one of {', '.join(ORDERS)}, not {order!r}")
+    raise UserError(f"order must be one of {', '.join(ORDERS)}, not {order!r}")
 
 
 def patchify(frames, mean=CLIP_MEAN, std=CLIP_STD) -> tuple[Tensor, Tensor]:
@@ -495,7 +502,7 @@ def submit_decode(pool: DecoderPool, sample: Sample, limits: dict[str, int]):
 
 
 if __name__ == "__main__":
-    from check_data import main
-    from distributed import run
+    from evaluation.check_data import main
+    from infra.distributed import run
 
     run(main)

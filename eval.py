@@ -24,33 +24,34 @@ from pathlib import Path
 from tqdm import tqdm
 
 import toy
-from answering import (
+from config import MediaConfig
+from data import ORDERS, Sample, load_samples, load_template, make_prompt
+from evaluation.answering import (
     AnswerSettings,
     answer,
-    answer_dtype,
     fixed_batches,
     item_record,
     load_for_answers,
     score_item,
     summarise,
 )
-from config import MediaConfig, flag, parse_config, require
-from data import ORDERS, DecoderPool, Sample, load_samples, load_template, make_prompt
-from distributed import World, log, main_does, process_group, run
-from judge import judge
-from model import load_normalisation, load_tokenizer, require_room
-from report import compare, print_summary, print_table, write_gaps
-from results import (
+from evaluation.judge import judge
+from evaluation.report import compare, print_summary, print_table, write_gaps
+from evaluation.results import (
     Results,
     file_sha256,
     fingerprint,
     library_versions,
-    on_main,
     read_summary,
 )
+from evaluation.scores import BENCHMARKS, mean_relative_accuracy, score_benchmark
+from infra.distributed import World, log, main_does, on_main, process_group, run
+from infra.errors import require
+from infra.flags import flag, parse_config
+from infra.video import DecoderPool
+from model import load_normalisation, load_tokenizer, require_room
 from rewards import extract_answer
 from sampling import sample_groups
-from scores import BENCHMARKS, mean_relative_accuracy, score_benchmark
 
 __all__ = ["EvalConfig", "evaluate", "mean_relative_accuracy", "score_item", "summarise"]
 
@@ -103,8 +104,8 @@ class EvalConfig(MediaConfig):
     options: list[str] = flag([], 'of a multiple-choice --question: "A. left" "B. right"')
 
     def check(self) -> None:
-        """Raises ValueError naming the first flag whose value makes no sense."""
-        self.check_media()
+        """Raises UserError naming the first flag whose value makes no sense."""
+        super().check()
         orders = self.order.split(",")
         known = set(orders) <= set(ORDERS) and len(set(orders)) == len(orders)
         require(known, f"--order takes one or several of {','.join(ORDERS)}, not {self.order!r}")
@@ -138,7 +139,7 @@ def parse_command(argv: list[str]) -> tuple[EvalConfig, bool]:
     """The config of a command line, preset and benchmarks resolved; and whether it is the toy's.
 
     Raises:
-        ValueError: naming the flag.
+        UserError: naming the flag.
     """
     given = {word[2:].split("=")[0] for word in argv if word.startswith("--")}
     modes = [name for name in MODES if name in given]
@@ -230,7 +231,7 @@ def provenance_of(config: EvalConfig, world: World, template: str) -> dict:
     """What the records depend on, but for the hashes of model and data."""
     settings = dataclasses.asdict(config)
     kept = {name: value for name, value in settings.items() if name not in NOT_IN_RECORDS}
-    return {**kept, "template": template, "device": f"{world.device.type} {answer_dtype(world)}"}
+    return {**kept, "template": template, "device": f"{world.device.type} {world.dtype}"}
 
 
 def answer_settings(config: EvalConfig, prompt_options: dict) -> AnswerSettings:

@@ -23,6 +23,11 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.distributed.fsdp import (
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 from transformers import (
     AttentionInterface,
@@ -36,7 +41,8 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from data import UnusableSample
+from infra.distributed import World
+from infra.errors import UnusableSample, UserError
 
 # Logits of so many (token, vocabulary) pairs exist at a time: 128 MiB in float32 keep a GPU busy,
 # 4 MiB stay in a CPU's cache. A product with fewer columns than MIN_BLOCK would be slow.
@@ -156,7 +162,7 @@ def pack_groups(prompts: list, responses: list[list[Tensor]], tokens_per_second:
     """Lay P prompts and their responses (int64 ids, each without padding) out in one row.
 
     Raises:
-        ValueError: a prompt's placeholders are not as many as its merged patches; names it.
+        UserError: a prompt's placeholders are not as many as its merged patches; names it.
     """
     ids, positions, segments, places, sources, targets = [], [], [], [], [], []
     shown = {id(prompt.pixel_values): prompt for prompt in prompts}  # each clip once
@@ -218,7 +224,7 @@ def _check_placeholders(prompt) -> None:
     token = prompt.input_ids[start]
     found = int((prompt.input_ids == token).sum())
     if found != count or not bool((prompt.input_ids[start : start + count] == token).all()):
-        raise ValueError(
+        raise UserError(
             f"problem {prompt.sample.problem_id} (row {prompt.sample.row}): {found} placeholders "
             f"in its prompt, {count} vision features"
         )
@@ -482,6 +488,48 @@ def end_tokens(model) -> list[int]:
     return ends if isinstance(ends, list) else [ends]
 
 
+# -------------------------------------------------------------------------------------- sharding
+
+
+def shard(
+    model: nn.Module,
+    world: World,
+    forward_methods: tuple[str, ...] = (),
+    trainable: bool = True,
+    freeze_vision: bool = False,
+) -> None:
+    """Shard a Qwen2.5-VL in place: a group per decoder layer, per vision block, and the rest.
+
+    Embedding, final norm and lm_head stay in the root's group: tied weights must share a group,
+    and a group of lm_head's own would be gathered once per block of the vocabulary.
+
+    Args:
+        forward_methods: methods of `model` that FSDP gathers the weights around, as for forward.
+        trainable: False for a frozen reference. freeze_vision: the vision tower learns nothing,
+            and has neither gradients nor a part in the optimizer.
+    """
+    precision, vision_precision = MixedPrecisionPolicy(), MixedPrecisionPolicy()
+    if world.dtype == torch.bfloat16:
+        kinds = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        precision = MixedPrecisionPolicy(**kinds)
+        # The vision blocks' rotary cos and sin come in float32 and must stay so.
+        vision_precision = MixedPrecisionPolicy(**kinds, cast_forward_inputs=False)
+    # A mesh of two dimensions means copies of the shards (HSDP), which one copy does not need.
+    mesh = world.mesh if world.mesh.size(0) > 1 else world.mesh["shards"]
+    for block in model.model.visual.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=vision_precision)
+    for layer in model.model.language_model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=precision)
+    # The root's weights are needed again at once in the backward pass, but a reference has none.
+    fully_shard(model, mesh=mesh, mp_policy=vision_precision, reshard_after_forward=not trainable)
+    for name in forward_methods:
+        register_fsdp_forward_method(model, name)
+    model.requires_grad_(trainable)
+    if freeze_vision:
+        model.model.visual.requires_grad_(False)
+    model.train(trainable)
+
+
 # --------------------------------------------------------------------------------------- loading
 
 
@@ -489,19 +537,19 @@ def resolve_folder(name: str) -> Path:
     """A local model folder as it is, a Hub id through the Hub's cache.
 
     Raises:
-        ValueError: neither, or no Qwen2.5-VL; names it.
+        UserError: neither, or no Qwen2.5-VL; names it.
     """
     folder = Path(name)
     if not folder.is_dir():
         if folder.exists() or name.count("/") != 1 or name.startswith((".", "/")):
-            raise ValueError(f"--model {name} is neither a folder nor a Hub id")
+            raise UserError(f"--model {name} is neither a folder nor a Hub id")
         folder = _download(name)
     config_file = folder / "config.json"
     if not config_file.is_file():
-        raise ValueError(f"--model {name} holds no config.json: not a model folder")
+        raise UserError(f"--model {name} holds no config.json: not a model folder")
     model_type = _read_json(config_file).get("model_type")
     if model_type != "qwen2_5_vl":
-        raise ValueError(f"--model {name} is not a Qwen2.5-VL: its model_type is {model_type!r}")
+        raise UserError(f"--model {name} is not a Qwen2.5-VL: its model_type is {model_type!r}")
     return folder
 
 
@@ -510,7 +558,7 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except (OSError, HfHubHTTPError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(
+        raise UserError(
             f"--model {name} is no folder here, and the Hub does not give it: {reason}"
         ) from None
 
@@ -525,12 +573,12 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype = torch.float
         dtype: of the parameters as they are kept.
         shard: a function that shards the module in place (distributed.shard); None: whole.
     Raises:
-        ValueError: no Qwen2.5-VL, or weights that do not fit its config; names the folder.
+        UserError: no Qwen2.5-VL, or weights that do not fit its config; names the folder.
     """
     folder = resolve_folder(name)
     config = AutoConfig.from_pretrained(folder)
     if config.get_text_config().use_sliding_window:
-        raise ValueError(f"--model {name} uses sliding window attention, which is not supported")
+        raise UserError(f"--model {name} uses sliding window attention, which is not supported")
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(config).to(dtype)
     model.tie_weights()
@@ -570,11 +618,11 @@ def weight_files(folder: Path) -> dict[str, Path]:
     if index.is_file():
         weight_map = _read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
-            raise ValueError(f"--model: {index} holds no weight_map")
+            raise UserError(f"--model: {index} holds no weight_map")
         return {name: folder / file for name, file in weight_map.items()}
     single = folder / "model.safetensors"
     if not single.is_file():
-        raise ValueError(f"--model {folder} holds neither model.safetensors nor an index of shards")
+        raise UserError(f"--model {folder} holds neither model.safetensors nor an index of shards")
     with open_weights(single) as file:
         return dict.fromkeys(file.keys(), single)
 
@@ -584,7 +632,7 @@ def open_weights(path: Path):
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"--model: the weights in {path} cannot be read: {error}") from None
+        raise UserError(f"--model: the weights in {path} cannot be read: {error}") from None
 
 
 @torch.no_grad()
@@ -594,14 +642,14 @@ def _fill(model: nn.Module, folder: Path) -> None:
         # Newer folders may carry transformers 5's own names.
         stored = next((key for key in (hub_name(name), name) if key in files), None)
         if stored is None:
-            raise ValueError(f"--model {folder} lacks the weight {hub_name(name)}")
+            raise UserError(f"--model {folder} lacks the weight {hub_name(name)}")
         # Opened anew for each tensor: what has been read leaves this process's memory again.
         with open_weights(files[stored]) as file:
             if stored not in file.keys():  # noqa: SIM118  it is no dict
-                raise ValueError(f"--model: {files[stored]} lacks {stored}, which the index names")
+                raise UserError(f"--model: {files[stored]} lacks {stored}, which the index names")
             weight = file.get_slice(stored)
             if tuple(weight.get_shape()) != parameter.shape:
-                raise ValueError(
+                raise UserError(
                     f"--model {folder}: {stored} is {tuple(weight.get_shape())}, its config.json "
                     f"says {tuple(parameter.shape)}"
                 )
@@ -626,17 +674,17 @@ def load_tokenizer(name: str):
     """The tokenizer of a model folder or Hub id, chat template included.
 
     Raises:
-        ValueError: there is no tokenizer, or no chat template.
+        UserError: there is no tokenizer, or no chat template.
     """
     folder = resolve_folder(name)
     if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
-        raise ValueError(f"--model {name} holds no tokenizer.json and no vocab.json")
+        raise UserError(f"--model {name} holds no tokenizer.json and no vocab.json")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     beside = folder / "chat_template.json"  # the official folders have one, for the processor
     if not tokenizer.chat_template and beside.is_file():
         tokenizer.chat_template = _read_json(beside).get("chat_template")
     if not tokenizer.chat_template:
-        raise ValueError(f"--model {name}: its tokenizer has no chat template")
+        raise UserError(f"--model {name}: its tokenizer has no chat template")
     return tokenizer
 
 
@@ -644,13 +692,13 @@ def load_normalisation(name: str) -> dict[str, tuple[float, ...]]:
     """mean and std per colour channel, from preprocessor_config.json, for make_prompt."""
     file = resolve_folder(name) / "preprocessor_config.json"
     if not file.is_file():
-        raise ValueError(f"--model {name} holds no preprocessor_config.json")
+        raise UserError(f"--model {name} holds no preprocessor_config.json")
     settings = _read_json(file)
     found = {}
     for key in ("mean", "std"):
         values = settings.get(f"image_{key}")
         if not isinstance(values, list) or len(values) != 3:
-            raise ValueError(f"--model {name}: {file} needs three numbers as image_{key}")
+            raise UserError(f"--model {name}: {file} needs three numbers as image_{key}")
         found[key] = tuple(values)
     return found
 
@@ -660,7 +708,7 @@ def _read_json(file: Path) -> dict:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"--model: {file} is not JSON: {error}") from None
+        raise UserError(f"--model: {file} is not JSON: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"--model: {file} holds no object")
+        raise UserError(f"--model: {file} holds no object")
     return content

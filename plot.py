@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from infra.errors import UserError
+
 # Okabe and Ito's palette, which colour-blind readers can tell apart, without its yellow.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", (0, (3.5, 1.2)), (0, (1, 1)))  # of a panel's first, second and third series
@@ -84,11 +86,11 @@ def parse_record(line: bytes) -> dict:
     """
     record = json.loads(line)
     if not isinstance(record, dict) or type(record.get("step")) is not int or record["step"] < 0:
-        raise ValueError("no object with a step number")
+        raise UserError("no object with a step number")
     for key, value in record.items():
         if value is not None and (key in DRAWN or key.startswith("seconds")):
             if type(value) not in (int, float):
-                raise ValueError(f"{key} is not a number")
+                raise UserError(f"{key} is not a number")
             record[key] = value if math.isfinite(value) else None
     return record
 
@@ -101,12 +103,12 @@ def read_records(path: Path) -> list[dict]:
     out as well: the run is just writing it.
 
     Raises:
-        ValueError: naming the file, and the line that cannot be used.
+        UserError: naming the file, and the line that cannot be used.
     """
     try:
         *lines, unended = path.read_bytes().split(b"\n")
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     records: list[dict] = []
     for number, line in enumerate([*lines, unended], start=1):
         try:
@@ -114,7 +116,7 @@ def read_records(path: Path) -> list[dict]:
         except ValueError as error:  # JSONDecodeError and UnicodeDecodeError too
             if number > len(lines):
                 break
-            raise ValueError(f"{path}, line {number}: {error}") from None
+            raise UserError(f"{path}, line {number}: {error}") from None
         while records and records[-1]["step"] >= record["step"]:
             records.pop()
         records.append(record)
@@ -125,16 +127,16 @@ def load_run(path: Path) -> Run:
     """The run of a folder, or of the metrics.jsonl in it.
 
     Raises:
-        ValueError: there is none, it has no step yet, or one of its files cannot be used.
+        UserError: there is none, it has no step yet, or one of its files cannot be used.
     """
     file = path / "metrics.jsonl" if path.is_dir() else path
     if not file.is_file():
-        raise ValueError(f"{path} is no run: there is no file {file}")
+        raise UserError(f"{path} is no run: there is no file {file}")
     metrics = read_records(file)
     if not metrics:
-        raise ValueError(f"{file} holds no complete step yet")
+        raise UserError(f"{file} holds no complete step yet")
     if "loss" not in metrics[0]:
-        raise ValueError(f"{file} is of no training: its first step has no loss")
+        raise UserError(f"{file} is of no training: its first step has no loss")
     beside = file.parent / "validation.jsonl"
     validation = read_records(beside) if beside.exists() else []
     validation = [
@@ -149,14 +151,14 @@ def load_runs(paths: list[Path]) -> list[Run]:
     """The runs of one figure.
 
     Raises:
-        ValueError: one cannot be used, two are of different stages, or there are too many.
+        UserError: one cannot be used, two are of different stages, or there are too many.
     """
     if len(paths) > len(COLOURS):
-        raise ValueError(f"{len(paths)} runs are too many: a figure has {len(COLOURS)} colours")
+        raise UserError(f"{len(paths)} runs are too many: a figure has {len(COLOURS)} colours")
     runs = [load_run(path) for path in paths]
     for run in runs:
         if run.stage != runs[0].stage:
-            raise ValueError(f"runs of different stages share no figure: {runs[0].folder} is "
+            raise UserError(f"runs of different stages share no figure: {runs[0].folder} is "
                              f"{runs[0].stage}, {run.folder} is {run.stage}")  # fmt: skip
     return runs
 
@@ -310,17 +312,17 @@ def short(key: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """ArgumentParser with ValueError for an exit."""
+    """ArgumentParser with UserError for an exit."""
 
     def error(self, message: str) -> None:
-        raise ValueError(message.removeprefix("argument "))
+        raise UserError(message.removeprefix("argument "))
 
 
 def parse_options() -> argparse.Namespace:
     """The command line: runs, out, window.
 
     Raises:
-        ValueError: naming the flag whose value makes no sense.
+        UserError: naming the flag whose value makes no sense.
     """
     parser = Parser(description="Draw the training curves of runs.", allow_abbrev=False)
     add = parser.add_argument
@@ -329,9 +331,9 @@ def parse_options() -> argparse.Namespace:
     add("--window", type=int, help="of the running mean, in steps; default: 1/50 of the run")
     options = parser.parse_args()
     if options.window is not None and options.window < 1:
-        raise ValueError("--window must be at least 1")
+        raise UserError("--window must be at least 1")
     if options.out is not None and options.out.suffix.lower() != ".png":
-        raise ValueError(f"--out {options.out} must end with .png")
+        raise UserError(f"--out {options.out} must end with .png")
     return options
 
 
@@ -345,7 +347,7 @@ def main() -> None:
     try:
         options = parse_options()
         runs = load_runs(options.runs)
-    except ValueError as error:
+    except UserError as error:
         stop(error)
     window = options.window or max(1, max(len(run.metrics) for run in runs) // 50)
     out = options.out or runs[0].folder / "curves.png"

@@ -21,6 +21,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
+from infra.errors import UserError
 from model import (
     NO_POINTWISE,
     Pack,
@@ -155,7 +156,7 @@ def sample_groups(
     Returns:
         one Rollout per prompt, all of the same T.
     Raises:
-        ValueError: the model's logits are NaN.
+        UserError: the model's logits are NaN.
     """
     if not hasattr(model, "packed_prefill"):
         enable_packing(model)
@@ -193,7 +194,7 @@ def sample_groups(
     ended = is_end.any(-1)
     logps = torch.where(mask, logps, 0.0)
     if logps.isnan().any():
-        raise ValueError("the model's logits are NaN: its weights are, or overflow in its dtype")
+        raise UserError("the model's logits are NaN: its weights are, or overflow in its dtype")
     columns = (column.split(group_sizes) for column in (ids, mask, ended, logps))
     return [
         Rollout(prompt, *group, decode_texts(tokenizer, group[0], group[1], ends))

@@ -20,22 +20,33 @@ from torch.nn.functional import pad
 
 import toy
 import train_sft
-from config import TrainConfig, flag, parse_config, require
-from data import DecoderPool, Media, Prompt
-from distributed import (
+from config import TrainConfig
+from data import Media, Prompt, require_solution
+from evaluation.validation import Validation
+from infra.distributed import (
     World,
     gather_to_main,
     log,
     main_does,
     process_group,
     run,
-    shard,
     sum_over_ranks,
     unsharded,
 )
-from model import PACKED_METHODS, enable_checkpointing, group_logprobs, load_model, require_room
+from infra.errors import require
+from infra.flags import flag, parse_config
+from infra.optim import learning_rate_at, make_optimizer, update
+from infra.run import PhaseTimer, RunFolder
+from infra.video import DecoderPool
+from model import (
+    PACKED_METHODS,
+    enable_checkpointing,
+    group_logprobs,
+    load_model,
+    require_room,
+    shard,
+)
 from rewards import accuracy_reward, format_reward
-from run_folder import RunFolder
 from sampling import Rollout, derive_seed, sample_groups
 from tgrpo import (
     add_length_reward,
@@ -44,20 +55,7 @@ from tgrpo import (
     temporal_reward,
     tgrpo_loss,
 )
-from training import (
-    Alarms,
-    PhaseTimer,
-    cut,
-    learning_rate_at,
-    load_inputs,
-    make_loader,
-    make_optimizer,
-    micro_batches,
-    num_steps,
-    require_solution,
-    update,
-)
-from validation import Validation
+from training import Alarms, cut, load_inputs, make_loader, micro_batches, num_steps
 
 REAL_COMMAND = (
     "torchrun --nproc_per_node 8 train_rl.py --model runs/sft/model "
@@ -329,7 +327,7 @@ def load_policy_and_reference(config: RLConfig, world: World):
     reference = load_model(
         config.model, world.device,
         # It is never updated, so it needs no more digits than it computes with.
-        dtype=torch.bfloat16 if world.device.type == "cuda" else torch.float32,
+        dtype=world.dtype,
         shard=partial(sharding, trainable=False),
     )  # fmt: skip
     return policy, reference

@@ -16,9 +16,14 @@ from functools import partial
 from torch import Tensor
 
 import toy
-from config import TrainConfig, flag, parse_config
-from data import DecoderPool, Media, Prompt, require_process, response_ids
-from distributed import World, log, main_does, process_group, run, shard, sum_over_ranks
+from config import TrainConfig
+from data import Media, Prompt, require_process, response_ids
+from evaluation.validation import Validation
+from infra.distributed import World, log, main_does, process_group, run, sum_over_ranks
+from infra.flags import flag, parse_config
+from infra.optim import learning_rate_at, make_optimizer, update
+from infra.run import PhaseTimer, RunFolder
+from infra.video import DecoderPool
 from model import (
     PACKED_METHODS,
     enable_checkpointing,
@@ -26,19 +31,9 @@ from model import (
     load_model,
     pack_groups,
     require_room,
+    shard,
 )
-from run_folder import RunFolder
-from training import (
-    PhaseTimer,
-    learning_rate_at,
-    load_inputs,
-    make_loader,
-    make_optimizer,
-    micro_batches,
-    num_steps,
-    update,
-)
-from validation import Validation
+from training import load_inputs, make_loader, micro_batches, num_steps
 
 REAL_COMMAND = (
     "torchrun --nproc_per_node 8 train_sft.py --model Qwen/Qwen2.5-VL-7B-Instruct "

@@ -1,60 +1,19 @@
 """What both training stages share: optimizer, schedule, the update, inputs, seconds by phase."""
 
 import math
-import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import contextmanager
 from typing import TypeVar
 
-import torch
-from torch import nn
-from torch.optim import AdamW
-
-from checkpoint import init_optimizer_state
-from config import TrainConfig, require
-from data import DecoderPool, Sample, load_samples, load_template, require_no_vision_tokens
-from distributed import World, log, max_over_ranks, peak_memory_gib
-from loader import Loader, Progress
+from config import TrainConfig
+from data import Sample, load_samples, load_template, require_no_vision_tokens
+from infra.distributed import World, log, max_over_ranks
+from infra.errors import UserError, require
+from infra.loader import Loader, Progress
+from infra.video import DecoderPool
 from model import load_normalisation, load_tokenizer
-from rewards import check_solution
 
 Item = TypeVar("Item")
-
-
-def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) -> AdamW:
-    """AdamW (App. D: Adam with weight decay). Biases and norms, the vectors, do not decay."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = AdamW(groups, lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=True)
-    init_optimizer_state(optimizer)
-    return optimizer
-
-
-def learning_rate_at(step: int, num_steps: int, peak: float, warmup_steps: int) -> float:
-    """The rate of a step counted from 0: a linear rise, then a half cosine down to 0."""
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    done = (step - warmup_steps) / max(1, num_steps - warmup_steps)
-    return peak * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def update(model: nn.Module, optimizer: AdamW, learning_rate: float, max_grad_norm: float) -> float:
-    """Clip, step, clear; returns the gradient's norm before the clip, over all ranks.
-
-    A norm that is not finite leaves the weights as they are: the caller logs it.
-    """
-    norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-    if math.isfinite(norm):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        optimizer.step()
-    optimizer.zero_grad()
-    return norm
 
 
 def num_steps(config: TrainConfig, num_samples: int, world: World) -> int:
@@ -69,9 +28,9 @@ def load_inputs(
     """The samples, the tokenizer, and what make_prompt needs besides (template, mean, std).
 
     Args:
-        check: raises ValueError, naming the row, for a sample that the stage cannot use.
+        check: raises UserError, naming the row, for a sample that the stage cannot use.
     Raises:
-        ValueError: naming the flag, the file, or the file's row.
+        UserError: naming the flag, the file, or the file's row.
     """
     samples = load_samples(config.data, config.data_root or None)
     samples = [sample for sample in samples if sample.data_type in config.data_types]
@@ -81,7 +40,7 @@ def load_inputs(
             require_no_vision_tokens(sample)
             check(sample)
             usable.append(sample)
-        except ValueError as error:
+        except UserError as error:
             reasons.append(f"{config.data}, {error}")
     require(config.skip_bad_samples or not reasons, "; ".join(reasons[:1]))
     if reasons:
@@ -92,15 +51,6 @@ def load_inputs(
     template = load_template(config.prompt_template)
     options = {"template": template, **load_normalisation(config.model)}
     return usable, load_tokenizer(config.model), options
-
-
-def require_solution(sample: Sample) -> None:
-    """Raise ValueError, naming the row, if no answer can ever match the solution: its reward would
-    always be 0, which looks like a model that fails."""
-    try:
-        check_solution(sample.solution, sample.problem_type)
-    except ValueError as error:
-        raise ValueError(f"row {sample.row} (problem {sample.problem_id}): {error}") from None
 
 
 def make_loader(
@@ -197,40 +147,3 @@ class Alarms:
     def _mean(self, key: str) -> float:
         values = [metrics[key] for metrics in self.recent if metrics[key] is not None]
         return sum(values) / len(values) if values else math.nan  # nan compares as false
-
-
-class PhaseTimer:
-    """Seconds of a step by phase: `with timer("rollout"): ...`; phases of one name add up.
-
-    Also tells the other ranks where this one is (distributed.Watch).
-    """
-
-    def __init__(self, world: World, step: int):
-        self.world, self.step = world, step
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, phase: str):
-        self.world.watch.at(f"step {self.step + 1}, {phase}")
-        start = time.perf_counter()
-        yield
-        if torch.cuda.is_available():  # else the next phase would be billed for this one's kernels
-            torch.cuda.synchronize()
-        elapsed = time.perf_counter() - start
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + elapsed
-
-    def metrics(self, num_tokens: float) -> dict[str, float]:
-        """The step and each of its phases at the slowest rank, tokens per second, peak memory.
-
-        A rank that waits for another in a collective waits inside the phase that holds it, so the
-        phases can add up to more than the step.
-        """
-        own = {"memory": peak_memory_gib(self.world.device), "step": sum(self.seconds.values())}
-        slowest = max_over_ranks(own | self.seconds)
-        memory, seconds = slowest.pop("memory"), slowest.pop("step")
-        return {
-            "seconds": seconds,
-            **{f"seconds_{phase}": value for phase, value in slowest.items()},
-            "tokens_per_second": num_tokens / seconds,
-            "peak_memory_gib": round(memory, 2),
-        }

@@ -46,8 +46,9 @@ import toy
 from benchmarks import rl_step
 from benchmarks.counting import cache_bytes_per_token
 from benchmarks.measure import keep_no_freed_memory, release_memory, used_bytes
-from config import FlagParser, flag, require
-from distributed import World, log, process_group, run
+from infra.distributed import World, log, process_group, run
+from infra.errors import require
+from infra.flags import FlagParser, flag
 from model import LOGITS_PER_BLOCK, MIN_BLOCK, resolve_folder
 
 GIB = 2**30

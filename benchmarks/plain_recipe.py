@@ -15,11 +15,11 @@ from transformers import GenerationConfig
 
 from benchmarks.measure import Meter, patched
 from data import Prompt
-from distributed import unsharded
+from infra.distributed import unsharded
+from infra.optim import update
 from model import forbidden_tokens, rope_positions
 from sampling import Rollout, decode_texts
 from train_rl import Group, RLConfig, score_group
-from training import update
 
 
 def plain_step(system, batch: list[list[Prompt]], config: RLConfig, meter: Meter) -> None:

@@ -40,9 +40,11 @@ from benchmarks.measure import (
     used_bytes,
 )
 from benchmarks.plain_recipe import copies_logprobs, plain_step
-from config import FlagParser, flag, require
 from data import Media, Prompt, Sample, decode
-from distributed import World, log, process_group, run, unsharded
+from infra.distributed import World, log, process_group, run, unsharded
+from infra.errors import require
+from infra.flags import FlagParser, flag
+from infra.optim import make_optimizer
 from model import forbidden_tokens, group_logprobs, load_normalisation, load_tokenizer
 from train_rl import (
     RLConfig,
@@ -53,7 +55,6 @@ from train_rl import (
     score_group,
     update_policy,
 )
-from training import make_optimizer
 
 # What the phases are called in the table, in the order of a step. A phase is without its parts.
 PHASES = {

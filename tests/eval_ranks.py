@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 import eval as evaluation
-from distributed import die_with_parent, process_group
 from eval import EvalConfig, evaluate
-from judge import judge
+from evaluation.judge import judge
+from infra.distributed import die_with_parent, process_group
 
 
 def settings(out, model, data):

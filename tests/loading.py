@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from distributed import process_group, shard
-from model import PACKED_METHODS, load_model
+from infra.distributed import process_group
+from model import PACKED_METHODS, load_model, shard
 
 
 def resident(kind):

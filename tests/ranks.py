@@ -19,7 +19,7 @@ import toy
 import train_rl
 import train_sft
 from data import load_samples
-from distributed import die_with_parent, main_does, process_group, unsharded
+from infra.distributed import die_with_parent, main_does, process_group, unsharded
 from sampling import Rollout
 from train_rl import RLConfig
 from train_sft import SFTConfig

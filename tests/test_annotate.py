@@ -18,8 +18,6 @@ import torch.distributed as dist
 from conftest import ROOT
 
 import annotate
-import answering
-import results
 from annotate import (
     AnnotateConfig,
     best_try,
@@ -28,9 +26,11 @@ from annotate import (
     repeated_share,
     tries_record,
 )
-from answering import Answer
-from data import DecoderPool, Sample, load_samples, require_no_vision_tokens, response_ids
-from distributed import process_group
+from data import Sample, load_samples, require_no_vision_tokens, response_ids
+from evaluation import answering, results
+from evaluation.answering import Answer
+from infra.distributed import process_group
+from infra.video import DecoderPool
 from model import load_model, load_tokenizer
 from sampling import Rollout
 

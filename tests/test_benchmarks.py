@@ -18,10 +18,10 @@ import model as model_module
 import sampling
 from benchmarks import counting, measure, memory, plain_recipe, rl_step
 from benchmarks.counting import Load
-from distributed import process_group
+from infra.distributed import process_group
+from infra.optim import make_optimizer
 from model import enable_packing, load_model, load_tokenizer, pack_groups
 from sampling import sample_groups
-from training import make_optimizer
 
 CPU = torch.device("cpu")
 GROUP, SHUFFLED, TOKENS = 3, 2, 4

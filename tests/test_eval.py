@@ -19,10 +19,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-import answering
 import eval as evaluation
 from data import Sample, load_samples
-from distributed import process_group
 from eval import (
     PRESETS,
     EvalConfig,
@@ -32,6 +30,8 @@ from eval import (
     score_item,
     summarise,
 )
+from evaluation import answering
+from infra.distributed import process_group
 from rewards import extract_answer
 from sampling import Rollout
 

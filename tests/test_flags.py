@@ -19,8 +19,8 @@ import torch.distributed as dist
 import eval as evaluation
 import train_rl
 import train_sft
-from config import parse_config
-from distributed import run
+from infra.distributed import run
+from infra.flags import parse_config
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"sft": train_sft, "rl": train_rl, "eval": evaluation}

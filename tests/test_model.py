@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import model as model_module
-from checkpoint import export_model
-from data import UnusableSample
-from distributed import process_group
+from infra.checkpoint import export_model
+from infra.distributed import process_group
+from infra.errors import UnusableSample
 from model import (
     TokenLogprobs,
     enable_checkpointing,

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from config import TrainConfig
-from data import Media, decode
-from distributed import process_group
+from data import Media, decode, require_solution
+from infra.distributed import process_group
+from infra.optim import learning_rate_at, make_optimizer, update
+from infra.run import PhaseTimer, RunFolder
 from model import enable_packing, group_logprobs, load_model, load_tokenizer
-from run_folder import RunFolder
 from sampling import Rollout
 from tgrpo import group_advantages
 from train_rl import (
@@ -25,17 +26,7 @@ from train_rl import (
     show_first_step,
     update_policy,
 )
-from training import (
-    Alarms,
-    PhaseTimer,
-    learning_rate_at,
-    load_inputs,
-    make_optimizer,
-    micro_batches,
-    num_steps,
-    require_solution,
-    update,
-)
+from training import Alarms, load_inputs, micro_batches, num_steps
 
 RIGHT = "<think>It goes.</think><answer>B</answer>"  # accuracy 1, format 1
 WRONG = "<think>It goes.</think><answer>A</answer>"  # accuracy 0, format 1

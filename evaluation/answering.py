@@ -20,18 +20,20 @@ from functools import partial
 import torch
 
 from data import (
-    DecoderPool,
     Prompt,
     Sample,
     make_prompt,
     require_no_vision_tokens,
+    require_solution,
     submit_decode,
 )
-from distributed import World, log, shard
-from model import PACKED_METHODS, load_model, require_room
-from rewards import accuracy_reward, check_solution, extract_answer, parse_float
+from evaluation.scores import mean_relative_accuracy
+from infra.distributed import World, log
+from infra.errors import UserError
+from infra.video import DecoderPool
+from model import PACKED_METHODS, load_model, require_room, shard
+from rewards import accuracy_reward, extract_answer, parse_float
 from sampling import Rollout, derive_seed, is_sharded, sample_groups
-from scores import mean_relative_accuracy
 
 BATCHES_AHEAD = 2  # decoded in advance
 RESPONSE = 1  # the third part of a random number's key: (seed, row) alone is the shuffle's
@@ -109,7 +111,7 @@ def answer(
             try:
                 prompt = _prompt(sample, frames[_clip(sample)], tokenizer, settings)
                 require_room(prompt, settings.max_new_tokens, model.config)
-            except ValueError as error:  # MediaError and UnusableSample are such, too
+            except UserError as error:  # MediaError and UnusableSample are such, too
                 answers.append(Answer(sample, None, str(error)))
                 continue
             if prompt.order != "shuffled":  # in the same order: the same tensor, looked at once
@@ -153,8 +155,8 @@ def _decode_ahead(
 
 
 def _prompt(sample: Sample, frames: Future, tokenizer, settings: AnswerSettings) -> Prompt:
-    """A sample ready for the model; ValueError if it cannot be used."""
-    check_solution(sample.solution, sample.problem_type)
+    """A sample ready for the model; UserError if it cannot be used."""
+    require_solution(sample)
     require_no_vision_tokens(sample)
     generator = torch.Generator().manual_seed(derive_seed(settings.seed, sample.row))
     return make_prompt(
@@ -178,12 +180,7 @@ def load_for_answers(name: str, world: World, sharded: bool = False):
     if sharded:
         log("--sharded_generation: each token gathers all weights from all ranks, which is slow")
         sharding = partial(shard, world=world, forward_methods=PACKED_METHODS, trainable=False)
-    return load_model(name, world.device, answer_dtype(world), sharding).eval()
-
-
-def answer_dtype(world: World) -> torch.dtype:
-    """bfloat16 on a GPU, float32 on the CPU."""
-    return torch.bfloat16 if world.device.type == "cuda" else torch.float32
+    return load_model(name, world.device, world.dtype, sharding).eval()
 
 
 # ----------------------------------------------------------------------------------------- records

@@ -16,18 +16,29 @@ import json
 import math
 import os
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.optim import AdamW
 from tqdm import tqdm
 
-from checkpoint import Checkpoints, export_model
-from config import TrainConfig, require
-from distributed import StopRequest, World, gather_to_main, log, main_does
-from loader import Loader, Progress
-from results import claim
+from config import TrainConfig
+from evaluation.results import claim
+from infra.checkpoint import Checkpoints, export_model
+from infra.distributed import (
+    StopRequest,
+    World,
+    gather_to_main,
+    log,
+    main_does,
+    max_over_ranks,
+    peak_memory_gib,
+)
+from infra.errors import UserError, require
+from infra.loader import Loader, Progress
 
 LOGS = (
     "metrics.jsonl", "rollouts.jsonl", "skipped.jsonl", "bad_steps.jsonl", "validation.jsonl",
@@ -53,7 +64,7 @@ class RunFolder:
         start: optimizer steps done before. progress: what the loader has taken by then.
         stop: SIGTERM or SIGINT, a StopRequest.
     Raises:
-        ValueError: another run writes there, or a run with other settings is there.
+        UserError: another run writes there, or a run with other settings is there.
     """
 
     def __init__(self, config: TrainConfig, world: World, name: str):
@@ -74,7 +85,7 @@ class RunFolder:
         )
         try:
             self._find()
-        except ValueError:
+        except UserError:
             self._release()
             raise
 
@@ -131,12 +142,12 @@ class RunFolder:
         return dataclasses.asdict(self.config) | {"world_size": self.world.size}
 
     def _compare_settings(self) -> None:
-        """Raise ValueError where a setting that matters is not the one that the run had."""
+        """Raise UserError where a setting that matters is not the one that the run had."""
         file = self.folder / "config.json"
         try:
             before = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ValueError(
+            raise UserError(
                 f"--output_dir {self.folder} holds a run whose config.json cannot be read: {error}"
             ) from None
         now = json.loads(json.dumps(self.settings()))
@@ -197,7 +208,7 @@ class RunFolder:
             try:
                 self._prepare_files()
             except OSError as error:
-                raise ValueError(f"{error.filename}: {error.strerror}") from None
+                raise UserError(f"{error.filename}: {error.strerror}") from None
             self.bar = tqdm(
                 total=total_steps, initial=self.start, desc=self.name, unit="step",
                 dynamic_ncols=True,
@@ -257,7 +268,7 @@ class RunFolder:
             self.files[name].writelines(json.dumps(record) + "\n" for record in records)
             self.files[name].flush()
         except OSError as error:
-            raise ValueError(f"{self.folder / name} cannot be written: {error.strerror}") from None
+            raise UserError(f"{self.folder / name} cannot be written: {error.strerror}") from None
 
     def validate(self, validation, model: nn.Module, step: int) -> None:
         """Validate after so many steps, where that is due: a line of validation.jsonl, and val_..
@@ -321,7 +332,7 @@ class RunFolder:
         """Save where that is due; returns whether the run shall stop now.
 
         Raises:
-            ValueError: too many bad steps in a row, or unusable samples; a save has failed.
+            UserError: too many bad steps in a row, or unusable samples; a save has failed.
         """
         self.world.watch.at(f"step {step + 1}, save")
         begun = time.perf_counter()
@@ -334,7 +345,7 @@ class RunFolder:
             self._save(step + 1, loader.progress, model, optimizer)
         if too_many_bad:
             self.checkpoints.wait()
-            raise ValueError(
+            raise UserError(
                 f"the gradients of {self.bad_in_a_row} steps in a row were not finite and none was "
                 f"applied (--max_bad_steps {self.config.max_bad_steps}); bad_steps.jsonl names "
                 f"their samples, the last checkpoint has the weights from before"
@@ -373,6 +384,43 @@ class RunFolder:
         self.checkpoints.wait()
         export_model(model, self.config.model, self.folder / "model", self.world)
         self.say(f"model written to {self.folder / 'model'}")
+
+
+class PhaseTimer:
+    """Seconds of a step by phase: `with timer("rollout"): ...`; phases of one name add up.
+
+    Also tells the other ranks where this one is (distributed.Watch).
+    """
+
+    def __init__(self, world: World, step: int):
+        self.world, self.step = world, step
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str):
+        self.world.watch.at(f"step {self.step + 1}, {phase}")
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_available():  # else the next phase would be billed for this one's kernels
+            torch.cuda.synchronize()
+        elapsed = time.perf_counter() - start
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + elapsed
+
+    def metrics(self, num_tokens: float) -> dict[str, float]:
+        """The step and each of its phases at the slowest rank, tokens per second, peak memory.
+
+        A rank that waits for another in a collective waits inside the phase that holds it, so the
+        phases can add up to more than the step.
+        """
+        own = {"memory": peak_memory_gib(self.world.device), "step": sum(self.seconds.values())}
+        slowest = max_over_ranks(own | self.seconds)
+        memory, seconds = slowest.pop("memory"), slowest.pop("step")
+        return {
+            "seconds": seconds,
+            **{f"seconds_{phase}": value for phase, value in slowest.items()},
+            "tokens_per_second": num_tokens / seconds,
+            "peak_memory_gib": round(memory, 2),
+        }
 
 
 def _is_number(value: float | int | None) -> bool:

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import judge as judging
-from distributed import process_group
-from judge import judge, judge_prompts, parse_verdict, summarise_verdicts, text_prompt
+import evaluation.judge as judging
+from evaluation.judge import judge, judge_prompts, parse_verdict, summarise_verdicts, text_prompt
+from infra.distributed import process_group
 from model import end_tokens, group_logprobs, load_model, load_tokenizer, rope_positions
 from sampling import Rollout, sample_groups
 

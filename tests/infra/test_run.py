@@ -21,16 +21,17 @@ from conftest import ROOT
 from safetensors.torch import load_file
 
 import train_sft
-from answering import AnswerSettings, answer, score_item
-from checkpoint import Checkpoints, Stager, check_files, training_state
-from data import DecoderPool, load_samples
-from distributed import process_group
-from loader import Loader
+from data import load_samples
+from evaluation.answering import AnswerSettings, answer, score_item
+from evaluation.validation import summary
+from infra.checkpoint import Checkpoints, Stager, check_files, training_state
+from infra.distributed import process_group
+from infra.loader import Loader
+from infra.optim import make_optimizer
+from infra.run import RunFolder
+from infra.video import DecoderPool
 from model import load_model, load_normalisation, load_tokenizer
-from run_folder import RunFolder
 from train_sft import SFTConfig
-from training import make_optimizer
-from validation import summary
 
 STEPS = 6
 

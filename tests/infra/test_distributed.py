@@ -16,7 +16,7 @@ from ranks import UNUSABLE
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
-from distributed import Watch
+from infra.distributed import Watch
 from model import hub_name
 
 TIMINGS = ("seconds", "tokens_per_second", "peak_memory_gib")

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data import LIMITS, make_sample
 
-from data import MediaError, UnusableSample
-from loader import Loader, Progress, sample_at, sample_order
+from infra.errors import MediaError, UnusableSample
+from infra.loader import Loader, Progress, sample_at, sample_order
 
 
 @pytest.mark.parametrize("num_samples", [1, 2, 10, 1000])

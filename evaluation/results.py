@@ -24,7 +24,8 @@ from typing import TextIO
 
 import torch.distributed as dist
 
-from distributed import World, log, main_does
+from infra.distributed import World, log, main_does, on_main
+from infra.errors import UserError
 from model import HUB_FILES, resolve_folder
 
 # What a new training or evaluation changes although the user gives the same flags: results that
@@ -75,30 +76,23 @@ def claim(lock: Path, what: str) -> TextIO:
     Who holds it may delete it.
 
     Raises:
-        ValueError: another process holds it, or there is no place for it; names `what`.
+        UserError: another process holds it, or there is no place for it; names `what`.
     """
     while True:
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
             file = lock.open("w")
         except OSError as error:
-            raise ValueError(f"{what}: {error.strerror}") from None
+            raise UserError(f"{what}: {error.strerror}") from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another run is writing to {what}") from None
+            raise UserError(f"another run is writing to {what}") from None
         except OSError as error:  # a file system without locks
-            raise ValueError(f"{what} cannot be locked: {error.strerror}") from None
+            raise UserError(f"{what} cannot be locked: {error.strerror}") from None
         if os.fstat(file.fileno()).st_nlink:
             return file
         file.close()  # deleted between open and flock by the one who held it
-
-
-def on_main(world: World, work: Callable[[], object]) -> object:
-    """What a function returns on rank 0, on every rank."""
-    values = [work() if world.is_main else None]
-    dist.broadcast_object_list(values)
-    return values[0]
 
 
 def differences(old: dict, new: dict) -> dict[str, tuple]:
@@ -130,15 +124,15 @@ def read_records(path: Path) -> list[dict]:
     """The objects of a .jsonl file.
 
     Raises:
-        ValueError: it is not there, or no such file; names it.
+        UserError: it is not there, or no such file; names it.
     """
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
         records = [json.loads(line) for line in lines if line]
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as results: {error}") from None
+        raise UserError(f"{path} cannot be read as results: {error}") from None
     if not all(isinstance(record, dict) for record in records):
-        raise ValueError(f"{path} holds lines that are no objects")
+        raise UserError(f"{path} holds lines that are no objects")
     return records
 
 
@@ -146,16 +140,16 @@ def read_summary(path: Path) -> dict | None:
     """The summary in a file; None if there is no file.
 
     Raises:
-        ValueError: the file holds no JSON object; names it.
+        UserError: the file holds no JSON object; names it.
     """
     if not path.is_file():
         return None
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(summary, dict):
-        raise ValueError(f"{path} holds no object")
+        raise UserError(f"{path} holds no object")
     return summary
 
 
@@ -169,7 +163,7 @@ def read_part(path: Path) -> tuple[dict | None, dict[int, list[dict]]]:
         rows = [json.loads(line) for line in lines]
         batches = {row["batch"]: row["records"] for row in rows[1:]}
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is damaged, delete it: {error}") from None
+        raise UserError(f"{path} is damaged, delete it: {error}") from None
     return (rows[0], batches) if rows else (None, {})
 
 
@@ -188,7 +182,7 @@ class Results:
     Args:
         overwrite: replace whatever is there.
     Raises:
-        ValueError, on rank 0: the folder holds results of another provenance, and names the
+        UserError, on rank 0: the folder holds results of another provenance, and names the
             difference; or they are finished and another run is writing them anew.
     """
 
@@ -252,7 +246,7 @@ class Results:
             log(f"{file} is replaced: {reasons}")
             return False
         what = f"with {describe(changed)}" if provenance else "that do not say what made them"
-        raise ValueError(
+        raise UserError(
             f"{file} has results {what}: name another --output_dir, delete it, or replace it by "
             "--overwrite true"
         )
@@ -272,7 +266,7 @@ class Results:
         """Clear away what is out of date, and open this rank's part.
 
         Raises:
-            ValueError, on rank 0: another run is writing these results, or has since they were
+            UserError, on rank 0: another run is writing these results, or has since they were
                 looked at.
         """
         main_does(self.world, self._clear)
@@ -287,7 +281,7 @@ class Results:
     def _clear(self) -> None:
         self._claim()
         if self._files() != self.seen:
-            raise ValueError(f"another run has written to {self.records_file} since: start anew")
+            raise UserError(f"another run has written to {self.records_file} since: start anew")
         for path in self.stale:
             path.unlink()
 
@@ -309,7 +303,7 @@ class Results:
         for part in self._parts():
             batches |= read_part(part)[1]
         if len(batches) < self.num_batches:
-            raise ValueError(f"{self.folder} lacks batches of other ranks: do all see one folder?")
+            raise UserError(f"{self.folder} lacks batches of other ranks: do all see one folder?")
         records = [record for batch in batches.values() for record in batch]
         return sorted(records, key=lambda record: record["row"])
 

@@ -7,9 +7,10 @@ import plain
 import pytest
 import torch
 
-import answering
 import data
-from answering import (
+from data import Sample, load_samples, make_prompt
+from evaluation import answering
+from evaluation.answering import (
     Answer,
     AnswerSettings,
     _blank_prompt,
@@ -19,10 +20,10 @@ from answering import (
     item_record,
     score_item,
 )
-from data import DecoderPool, Sample, load_samples, make_prompt
+from evaluation.scores import VSI_TASKS, score_benchmark
+from infra.video import DecoderPool
 from model import group_logprobs, load_model, load_tokenizer, pack_groups
 from sampling import Rollout, draw_tokens, sample_groups
-from scores import VSI_TASKS, score_benchmark
 
 LIMITS = {"max_frames": 8, "min_pixels": 3136, "max_pixels": 200704, "image_max_pixels": 200704}
 SETTINGS = AnswerSettings(LIMITS, {}, max_new_tokens=6)

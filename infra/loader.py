@@ -15,7 +15,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch.distributed as dist
 
-from data import DecoderPool, Media, MediaError, Sample, UnusableSample, submit_decode
+from data import Media, Sample, submit_decode
+from infra.errors import MediaError, UnusableSample, UserError
+from infra.video import DecoderPool
 
 STEPS_AHEAD = 2  # decoded in advance
 ALWAYS_FORGIVEN = 10  # unusable samples, whatever --max_skipped says
@@ -115,7 +117,7 @@ class Loader:
         """The next `number` samples of this rank that can be used, prepared.
 
         Raises:
-            ValueError: too many samples could not be used.
+            UserError: too many samples could not be used.
         """
         ready: list = []
         while len(ready) < number:
@@ -157,7 +159,7 @@ class Loader:
         return records
 
     def check_skipped(self) -> None:
-        """Raise ValueError, with the list, if too many samples could not be used."""
+        """Raise UserError, with the list, if too many samples could not be used."""
         skipped = self.progress.skipped + len(self.skipped)
         # Between two syncs a rank takes the others to have tried as many as itself.
         tried = self.progress.tried + self.count * len(self.progress.counts)
@@ -170,7 +172,7 @@ class Loader:
         ]
         if len(records) > NUM_LISTED:
             lines.append(f"  and {len(records) - NUM_LISTED} more")
-        raise ValueError(
+        raise UserError(
             f"{skipped} of {tried} samples could not be used, which is more than "
             f"{ALWAYS_FORGIVEN} and more than --max_skipped {self.max_skipped:g} of them:\n"
             + "\n".join(lines)

@@ -14,14 +14,14 @@ import pytest
 from PIL import Image
 from transformers import AutoTokenizer
 
-import check_data
 import data
-import media
 import toy
 import train_rl
-from distributed import run
+from evaluation import check_data
+from infra import video as media
+from infra.distributed import run
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 ROW = {
     "problem_id": 7, "problem": "How many squares are there?", "data_type": "image",
     "problem_type": "numerical", "options": None, "solution": "<answer>3</answer>",

@@ -25,12 +25,13 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 import data
-from config import FlagParser, MediaConfig, flag, require
-from data import Sample
-from distributed import run
-from media import FACTOR, MAX_ASPECT, DecoderPool, MediaError, check_file, smart_resize
+from config import MediaConfig
+from data import Sample, require_solution
+from infra.distributed import run
+from infra.errors import MediaError, UserError, require
+from infra.flags import FlagParser, flag
+from infra.video import FACTOR, MAX_ASPECT, DecoderPool, check_file, smart_resize
 from model import load_tokenizer, resolve_folder
-from training import require_solution
 
 # The categories of Figure 2: data_type, rows in Video-R1-260k, and by what a row is known: a folder
 # of its path or the first part of its data_source. The first names of a line are the folders of the
@@ -79,8 +80,8 @@ class CheckConfig(MediaConfig):
     seed: int = flag(0, "of what --decode and --take draw")
 
     def check(self) -> None:
-        """Raises ValueError naming the first flag whose value makes no sense."""
-        self.check_media()
+        """Raises UserError naming the first flag whose value makes no sense."""
+        super().check()
         require(self.seed >= 0, "--seed must not be negative")
         require(self.stage in ("", "rl", "sft"), "--stage takes rl or sft")
         number = self.decode.isdecimal() and int(self.decode) >= 1
@@ -100,7 +101,7 @@ def parse_flags(argv: list[str] | None = None) -> tuple[str, CheckConfig]:
     """The data file and the config of a command line.
 
     Raises:
-        ValueError: no file, an unknown or abbreviated flag, a value of the wrong type.
+        UserError: no file, an unknown or abbreviated flag, a value of the wrong type.
     """
     parser = FlagParser(
         CheckConfig,
@@ -168,7 +169,7 @@ def report_rows(
             data.require_no_vision_tokens(sample)
             (data.require_process if stage == "sft" else require_solution)(sample)
             usable.append(sample)
-        except ValueError as error:
+        except UserError as error:
             faults.append(f"{file}, {error}")
     assumed = "" if config.stage else f", assumed: {with_process:,} rows have a process"
     print(f"{file}: {len(samples) + len(unreadable):,} rows (--stage {stage}{assumed})")
@@ -347,7 +348,7 @@ def draw_rows(
     and on its own rows, not on the other sources.
 
     Raises:
-        ValueError: a source has fewer rows.
+        UserError: a source has fewer rows.
     """
     drawn: set[int] = set()
     for source, number in wanted.items():

@@ -33,7 +33,8 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader, 
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.tensor import DTensor
 
-from distributed import World, log, main_does
+from infra.distributed import World, log, main_does
+from infra.errors import UserError
 from model import hub_name, resolve_folder, weight_files
 
 SHARD_BYTES = 4 * 2**30
@@ -43,17 +44,6 @@ LOWER_IS_BETTER = ("loss", "kl", "grad_norm", "logp_gap", "clipped_length", "zer
 
 
 # ------------------------------------------------------------------------------------ checkpoints
-
-
-def init_optimizer_state(optimizer: torch.optim.AdamW) -> None:
-    """The zeros that AdamW would make in its first step, so that they can be saved and loaded."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-            }
 
 
 def training_state(model: nn.Module, optimizer: torch.optim.AdamW) -> dict:
@@ -115,7 +105,7 @@ class Checkpoints:
             run: what run.json shall hold: "step", and for --keep_best "value".
             before_visible: rank 0 calls it before the checkpoint appears (it syncs the logs).
         Raises:
-            ValueError: the save before this one has failed.
+            UserError: the save before this one has failed.
         """
         self.wait()
         step = run["step"]
@@ -126,7 +116,7 @@ class Checkpoints:
             try:
                 hidden.mkdir(parents=True)
             except OSError as error:
-                raise ValueError(f"checkpoint {hidden}: {error.strerror}") from None
+                raise UserError(f"checkpoint {hidden}: {error.strerror}") from None
 
         main_does(self.world, prepare)
         written = dcp.async_save(
@@ -162,19 +152,19 @@ class Checkpoints:
             raise
 
     def check(self) -> None:
-        """Raise ValueError if a save in the background has failed."""
+        """Raise UserError if a save in the background has failed."""
         if self.pending is not None and self.pending.done():
             self.wait()
 
     def wait(self) -> None:
-        """Wait until the last save is whole. Raises ValueError if it has failed."""
+        """Wait until the last save is whole. Raises UserError if it has failed."""
         pending, self.pending = self.pending, None
         if pending is None:
             return
         try:
             pending.result()
         except (OSError, CheckpointException) as error:
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint of step {self.pending_step} could not be written to "
                 f"{self.folder}, which has {_free_gib(self.folder):.1f} GiB left: "
                 f"{_reason(error)}; the earlier ones are whole"
@@ -294,7 +284,7 @@ def export_model(model: nn.Module, source: str, folder: Path, world: World) -> N
     in the place of what a shorter run left there.
 
     Raises:
-        ValueError: it cannot be written.
+        UserError: it cannot be written.
     """
     source_folder = resolve_folder(source)
     stored = weight_files(source_folder)
@@ -312,7 +302,7 @@ def export_model(model: nn.Module, source: str, folder: Path, world: World) -> N
             _copy_side_files(source_folder, unfinished)
             _put_in_place(unfinished, folder)
     except (OSError, SafetensorError) as error:
-        raise ValueError(
+        raise UserError(
             f"{folder} could not be written to a disk with {_free_gib(folder.parent):.1f} GiB "
             f"left: {_reason(error)}"
         ) from None

@@ -22,11 +22,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import media
+from infra import video as media
 
 av = pytest.importorskip("av")
 
@@ -970,7 +971,7 @@ def test_no_worker_outlives_a_killed_parent(clip, state):
         "print(*pids, flush=True)\n"
         "time.sleep(60)\n")
     parent = subprocess.Popen([sys.executable, "-c", program, str(clip), state],
-                              stdout=subprocess.PIPE, cwd=Path(media.__file__).parent)
+                              stdout=subprocess.PIPE, cwd=ROOT)
     pids = [int(pid) for pid in parent.stdout.readline().split()]
     assert pids
     assert all(is_alive(pid) for pid in pids)
@@ -986,7 +987,7 @@ def test_a_program_that_forgets_to_close_ends(clip):
                "for _ in range(50): last = pool.submit('video', sys.argv[1])\n"
                "raise SystemExit(7)\n")
     done = subprocess.run([sys.executable, "-c", program, str(clip)], timeout=20, check=False,
-                          cwd=Path(media.__file__).parent, capture_output=True)
+                          cwd=ROOT, capture_output=True)
     assert done.returncode == 7
 
 
@@ -1008,7 +1009,7 @@ def test_a_worker_that_cannot_start_says_so(tmp_path, monkeypatch):
 
 def test_a_worker_imports_no_torch():
     program = "import media, sys; sys.exit('torch' in sys.modules or 'decord' in sys.modules)"
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(media.__file__).parent)
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
 def test_the_examples_in_the_docstrings():

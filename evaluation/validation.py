@@ -4,10 +4,11 @@ The same samples, shuffles and greedy decoding (Section 4.1) every time, so that
 and two runs, can be compared.
 """
 
-from answering import Answer, AnswerSettings, answer, fixed_batches, score_item
 from config import TrainConfig
-from data import DecoderPool, Sample, load_samples
-from distributed import World, gather_to_main, unsharded
+from data import Sample, load_samples
+from evaluation.answering import Answer, AnswerSettings, answer, fixed_batches, score_item
+from infra.distributed import World, gather_to_main, unsharded
+from infra.video import DecoderPool
 
 BATCH_SIZE = 16  # samples that are generated together, per rank
 
@@ -16,7 +17,7 @@ class Validation:
     """The validation of one run. Without --val_data it is never due.
 
     Raises:
-        ValueError: --val_data cannot be used; names the file or its row.
+        UserError: --val_data cannot be used; names the file or its row.
     """
 
     def __init__(

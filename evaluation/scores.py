@@ -28,6 +28,8 @@ from fractions import Fraction
 from pathlib import PurePath
 from typing import NamedTuple
 
+from infra.errors import UserError
+
 # Of the normal distribution: a benchmark has hundreds of clips, and Student's t for 288 is 1.968.
 # In a group of fewer than some 30 clips (each score says how many) intervals are too short.
 Z = 1.96
@@ -299,16 +301,16 @@ def _inner(key: Callable) -> Callable:
 
 
 def _check(items: list[dict]) -> None:
-    """Raise ValueError, naming the row, where an item lacks a key or two items are of one row."""
+    """Raise UserError, naming the row, where an item lacks a key or two items are of one row."""
     keys = ("row", "problem_id", "problem", "problem_type", "options", "path", "answer", "score",
             "score_paper", "error", "extra")  # fmt: skip
     for item in items:
         missing = [key for key in keys if key not in item]
         if missing:
-            raise ValueError(f"results, row {item.get('row')}: an item lacks {', '.join(missing)}")
+            raise UserError(f"results, row {item.get('row')}: an item lacks {', '.join(missing)}")
     for row, count in Counter(item["row"] for item in items).items():
         if count > 1:
-            raise ValueError(f"results, row {row}: {count} items of one row")
+            raise UserError(f"results, row {row}: {count} items of one row")
 
 
 def score_benchmark(name: str, items: list[dict]) -> dict:
@@ -322,7 +324,7 @@ def score_benchmark(name: str, items: list[dict]) -> dict:
         _scores), unusable. Each score is {"n", "clips", "score", "interval"}, in [0, 1], None
         where there is nothing to average.
     Raises:
-        ValueError: an item lacks a key, or two items are of one row.
+        UserError: an item lacks a key, or two items are of one row.
     """
     _check(items)
     kind = benchmark_of(name)
@@ -427,7 +429,7 @@ def markdown_table(summaries: list[dict]) -> str:
     six benchmarks are left out.
 
     Raises:
-        ValueError: two summaries are of one cell, or none is of one of the six benchmarks.
+        UserError: two summaries are of one cell, or none is of one of the six benchmarks.
     """
     names = ("vsibench", "videommmu", "mmvu", "mvbench", "tempcompass", "videomme")
     rows: dict[tuple, dict[str, str]] = {}
@@ -440,7 +442,7 @@ def markdown_table(summaries: list[dict]) -> str:
         label = summary["model"] + ("" if order == "ordered" else f" ({order})")
         cells = rows.setdefault((label, frames), {})
         if name in cells:
-            raise ValueError(f"two summaries of {name} for {label} with {frames} frames")
+            raise UserError(f"two summaries of {name} for {label} with {frames} frames")
         paper = scores["all_items"]["overall"]["paper"]
         cells[name] = "-" if paper["score"] is None else f"{100 * paper['score']:.1f}"
         if scores["unusable"]["n"]:
@@ -450,7 +452,7 @@ def markdown_table(summaries: list[dict]) -> str:
                          "and count 0")  # fmt: skip
     if not rows:
         found = ", ".join(sorted({summary["benchmark"] for summary in summaries}))
-        raise ValueError(f"no summary is of one of {', '.join(names)}, but of {found}")
+        raise UserError(f"no summary is of one of {', '.join(names)}, but of {found}")
     header = ["Model", "Frames", *(BENCHMARKS[name].column for name in names)]
     lines = [header, ["---", *["---:"] * (len(header) - 1)]]
     for (label, frames), cells in rows.items():

@@ -6,10 +6,10 @@ Scores and differences are in percent, with their 95% intervals over clips (scor
 
 from pathlib import Path
 
-from config import require
 from data import ORDERS
-from results import differences, read_records, read_summary, write_json
-from scores import gaps, markdown_table
+from evaluation.results import differences, read_records, read_summary, write_json
+from evaluation.scores import gaps, markdown_table
+from infra.errors import require
 
 NUM_LISTED = 5  # unusable items on the console; the summary lists all
 

@@ -12,22 +12,21 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from answering import answer_dtype, load_for_answers
-from config import require
 from data import VISION_TOKENS, Prompt
-from distributed import World, log
-from model import load_tokenizer, require_room
-from results import (
+from evaluation.answering import load_for_answers
+from evaluation.results import (
     Results,
     file_sha256,
     fingerprint,
     library_versions,
-    on_main,
     read_records,
     read_summary,
 )
+from evaluation.scores import weighted_mean
+from infra.distributed import World, log, on_main
+from infra.errors import UserError, require
+from model import load_tokenizer, require_room
 from sampling import is_sharded, sample_groups
-from scores import weighted_mean
 
 # The wording is ours: the paper's is in a figure that its text does not hold (App. C.2).
 JUDGE_PROMPTS = {
@@ -80,11 +79,11 @@ def text_prompt(text: str, tokenizer) -> Prompt:
     """A prompt without a picture, through the chat template.
 
     Raises:
-        ValueError: the text spells a vision token, which would ask for a picture.
+        UserError: the text spells a vision token, which would ask for a picture.
     """
     for token in VISION_TOKENS:
         if token in text:
-            raise ValueError(f"it holds the vision token {token} as text")
+            raise UserError(f"it holds the vision token {token} as text")
     content = [{"role": "user", "content": [{"type": "text", "text": text}]}]
     chat = tokenizer.apply_chat_template(content, tokenize=False, add_generation_prompt=True)
     ids = torch.tensor(tokenizer(chat, add_special_tokens=False)["input_ids"])
@@ -104,7 +103,7 @@ def judge_batch(model, tokenizer, items: list[dict]) -> list[dict]:
             for prompt in pair:
                 require_room(prompt, JUDGE_TOKENS, model.config)
             prompts += pair
-        except ValueError as error:
+        except UserError as error:
             errors[item["row"]] = str(error)
     replies: list[str] = []
     if prompts or is_sharded(model):  # sharded: all ranks generate together, this one just along
@@ -167,11 +166,11 @@ def judge(
     Args:
         name: the judge, a model folder or Hub id.
     Raises:
-        ValueError: naming the file that is no results file of eval.py.
+        UserError: naming the file that is no results file of eval.py.
     """
     chosen = {Path(file): judged_items(Path(file)) for file in files}
     provenance = on_main(world, lambda: {"model_fingerprint": fingerprint(name)}) | {
-        "device": f"{world.device.type} {answer_dtype(world)}", "prompts": JUDGE_PROMPTS,
+        "device": f"{world.device.type} {world.dtype}", "prompts": JUDGE_PROMPTS,
         "max_new_tokens": JUDGE_TOKENS, "batch_size": batch_size, **GREEDY,
     }  # fmt: skip
     jobs = {

@@ -14,32 +14,28 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import (
-    FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
+from torch.distributed.fsdp import FSDPModule
+
+from infra.errors import UserError
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among the others. The mesh is (copies, shards): see shard."""
+    """This process among the others. The mesh is (copies, shards): see model.shard."""
 
     rank: int
     size: int
     device: torch.device
+    dtype: torch.dtype  # that forward and backward passes compute in
     mesh: DeviceMesh
     watch: "Watch"
 
@@ -56,17 +52,18 @@ def process_group(timeout: float = 1800, replicas: int = 1) -> Iterator[World]:
         timeout: seconds that a rank may keep the others waiting.
         replicas: copies of the sharded model, each over size / replicas ranks (HSDP).
     Raises:
-        ValueError: the ranks do not divide into so many copies.
+        UserError: the ranks do not divide into so many copies.
     """
     die_with_parent()
     keep_freed_memory()
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if size % replicas:
-        raise ValueError(f"--replicas {replicas} does not divide the number of processes, {size}")
+        raise UserError(f"--replicas {replicas} does not divide the number of processes, {size}")
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    dtype = torch.bfloat16 if cuda else torch.float32
     store: dist.Store = dist.HashStore()
     if "RANK" in os.environ:
         store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
@@ -80,7 +77,7 @@ def process_group(timeout: float = 1800, replicas: int = 1) -> Iterator[World]:
     names = ("copies", "shards")
     mesh = init_device_mesh(device.type, (replicas, size // replicas), mesh_dim_names=names)
     with Watch(store, rank, size, timeout) as watch:
-        yield World(rank, size, device, mesh, watch)
+        yield World(rank, size, device, dtype, mesh, watch)
     # Not after an error: a rank that leaves breaks the others' collectives, and their complaint
     # about that would be the last word (see run).
     dist.destroy_process_group()
@@ -116,45 +113,6 @@ def keep_freed_memory() -> None:
 
 
 # --------------------------------------------------------------------------------------- sharding
-
-
-def shard(
-    model: nn.Module,
-    world: World,
-    forward_methods: tuple[str, ...] = (),
-    trainable: bool = True,
-    freeze_vision: bool = False,
-) -> None:
-    """Shard a Qwen2.5-VL in place: a group per decoder layer, per vision block, and the rest.
-
-    Embedding, final norm and lm_head stay in the root's group: tied weights must share a group,
-    and a group of lm_head's own would be gathered once per block of the vocabulary.
-
-    Args:
-        forward_methods: methods of `model` that FSDP gathers the weights around, as for forward.
-        trainable: False for a frozen reference. freeze_vision: the vision tower learns nothing,
-            and has neither gradients nor a part in the optimizer.
-    """
-    precision, vision_precision = MixedPrecisionPolicy(), MixedPrecisionPolicy()
-    if world.device.type == "cuda":
-        kinds = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        precision = MixedPrecisionPolicy(**kinds)
-        # The vision blocks' rotary cos and sin come in float32 and must stay so.
-        vision_precision = MixedPrecisionPolicy(**kinds, cast_forward_inputs=False)
-    # A mesh of two dimensions means copies of the shards (HSDP), which one copy does not need.
-    mesh = world.mesh if world.mesh.size(0) > 1 else world.mesh["shards"]
-    for block in model.model.visual.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=vision_precision)
-    for layer in model.model.language_model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=precision)
-    # The root's weights are needed again at once in the backward pass, but a reference has none.
-    fully_shard(model, mesh=mesh, mp_policy=vision_precision, reshard_after_forward=not trainable)
-    for name in forward_methods:
-        register_fsdp_forward_method(model, name)
-    model.requires_grad_(trainable)
-    if freeze_vision:
-        model.model.visual.requires_grad_(False)
-    model.train(trainable)
 
 
 @contextmanager
@@ -208,6 +166,13 @@ def main_does(world: World, work: Callable[[], None]) -> None:
     if world.is_main:
         work()
     dist.barrier()
+
+
+def on_main(world: World, work: Callable[[], object]) -> object:
+    """What a function returns on rank 0, on every rank."""
+    values = [work() if world.is_main else None]
+    dist.broadcast_object_list(values)
+    return values[0]
 
 
 # ------------------------------------------------------------------------- lost ranks and stopping
@@ -365,16 +330,11 @@ def peak_memory_gib(device: torch.device) -> float:
 def run(main: Callable[[], None]) -> None:
     """Run a script's main; what the user did wrong ends it with one line and exit code 2.
 
-    A ValueError that a line of this project raised is a message to the user; any other exception,
-    one out of a library included, is a bug and keeps its traceback.
+    UserError is a message to the user; any other exception is a bug and keeps its traceback.
     """
     try:
         main()
-    except ValueError as error:
-        here = Path(__file__).parent
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if raised_in.parent != here:
-            raise
+    except UserError as error:
         if int(os.environ.get("RANK", 0)):  # mostly all ranks see the same: rank 0 speaks, and
             time.sleep(3)  # torchrun ends the others
         complain(error)

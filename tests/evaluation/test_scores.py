@@ -7,9 +7,9 @@ import random
 
 import pytest
 
-import scores
 from data import load_samples
-from scores import (
+from evaluation import scores
+from evaluation.scores import (
     MVBENCH_TASKS,
     UNKNOWN,
     VSI_TASKS,

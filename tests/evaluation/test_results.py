@@ -9,9 +9,9 @@ import shutil
 import pytest
 import torch.distributed as dist
 
-import results
-from distributed import process_group
-from results import Results, differences, fingerprint
+from evaluation import results
+from evaluation.results import Results, differences, fingerprint
+from infra.distributed import process_group
 
 PROVENANCE = {"model_fingerprint": "m1", "data_sha256": "d1", "max_frames": 16, "order": "ordered"}
 BATCHES = [["a", "b"], ["c"], ["d", "e"], ["f"]]
