@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from infra.distributed import log
 from infra.errors import MediaError, UserError
 from infra.video import DecoderPool, read_frames, read_image, smart_resize
 from rewards import check_solution
@@ -73,6 +74,11 @@ class Sample:
     def is_video(self) -> bool:
         return self.data_type == "video"
 
+    @property
+    def identity(self) -> dict:
+        """What names the sample in a run's records."""
+        return {"row": self.row, "problem_id": self.problem_id, "path": self.path}
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -92,6 +98,7 @@ class Prompt:
     is_video: bool
     order: str
     sample: Sample
+    epoch: int = 0  # the pass over the data, part of the key of its random numbers
 
     @property
     def num_vision_tokens(self) -> int:
@@ -113,6 +120,39 @@ def load_samples(path: str | Path, data_root: str | Path | None = None) -> list[
     if faults:
         raise UserError(faults[0])
     return samples
+
+
+def load_usable_samples(config, require: Callable[[Sample], None]) -> list[Sample]:
+    """The rows of --data that a stage trains on: of --data_types, without what it cannot use.
+
+    Args:
+        config: a TrainConfig. require: raises UserError, naming the row, for a sample that the
+            stage cannot use.
+    Raises:
+        UserError: naming the file and the first unusable row, unless --skip_bad_samples; or no row
+            is left.
+    """
+    samples, faults = check_rows(config.data, config.data_root or None)
+    num_rows = len(samples) + len(faults)
+    usable = []
+    for sample in samples:
+        if sample.data_type not in config.data_types:
+            continue
+        try:
+            require_no_vision_tokens(sample)
+            require(sample)
+            usable.append(sample)
+        except UserError as error:
+            faults.append(f"{config.data}, {error}")
+    if faults and not config.skip_bad_samples:
+        raise UserError(faults[0])
+    if faults:
+        log(f"--skip_bad_samples: {len(faults)} of {num_rows} rows are left out, the first: "
+            f"{faults[0]}")  # fmt: skip
+    if not usable:
+        kinds = " ".join(config.data_types)
+        raise UserError(f"--data {config.data} holds no usable row of --data_types {kinds}")
+    return usable
 
 
 def _without_collector(function: Callable) -> Callable:

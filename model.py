@@ -712,3 +712,32 @@ def _read_json(file: Path) -> dict:
     if not isinstance(content, dict):
         raise UserError(f"--model: {file} holds no object")
     return content
+
+
+def model_card(config, stage: str, num_steps: int, history: list[dict]) -> str:
+    """model/README.md, what the Hub shows: where the model comes from and how to load it.
+
+    Args:
+        config: the run's TrainConfig. history: metrics of its steps.
+    """
+    paths = ("model", "data", "data_root", "output_dir", "val_data", "prompt_template")
+    flags = {name: value for name, value in vars(config).items() if name not in paths}
+    last = {name: value for name, value in (history or [{}])[-1].items() if value is not None}
+    rows = [f"| `{name}` | {value} |" for name, value in flags.items()]
+    metrics = [f"| `{name}` | {value:.4g} |" for name, value in last.items()]
+    return "\n".join([
+        "---", "library_name: transformers", "pipeline_tag: video-text-to-text", "---", "",
+        f"# Qwen2.5-VL after {stage}", "",
+        "Trained as in Video-R1 (arXiv 2503.21776).", "",
+        f"- Base model: `{config.model}`", f"- Data: `{Path(config.data).name}`",
+        f"- Optimizer steps: {num_steps} of {config.prompts_per_step} prompts", "",
+        "## Use", "",
+        "```python",
+        "from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration",
+        'model = Qwen2_5_VLForConditionalGeneration.from_pretrained("FOLDER", dtype="auto")',
+        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
+        "```", "",
+        "```bash", "vllm serve FOLDER", "```", "",
+        "## Flags", "", "| flag | value |", "|---|---|", *rows, "",
+        "## Metrics of the last step", "", "| metric | value |", "|---|---|", *metrics, "",
+    ])  # fmt: skip

@@ -28,21 +28,28 @@ def flag(
     above: float | None = None,
     high: float | None = None,
     choices: tuple[str, ...] = (),
+    neutral: bool = False,
+    instead_of: str = "",
 ) -> Any:
     """A field with the text that --help shows for it, and the values that it takes.
 
     Args:
         low, above, high: value >= low, value > above, value <= high.
         choices: the allowed values, or of a list its allowed items.
+        neutral: it does not change what the program computes.
+        instead_of: the flag whose default this one, when given, sets to 0. Not both are given.
     """
-    metadata = {"help": help, "low": low, "above": above, "high": high, "allowed": choices}
+    metadata = {
+        "help": help, "low": low, "above": above, "high": high, "allowed": choices,
+        "neutral": neutral, "instead_of": instead_of,
+    }  # fmt: skip
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
 def check_ranges(config: object) -> None:
-    """Raise UserError, naming the first flag whose value is out of its range or not finite."""
+    """Raise UserError naming the first flag whose value is out of its range or not finite."""
     for item in dataclasses.fields(config):
         value, limits = getattr(config, item.name), item.metadata
         if isinstance(value, float):
@@ -62,6 +69,11 @@ def check_ranges(config: object) -> None:
             require(fits, f"--{item.name} takes {', '.join(filter(None, allowed))}, not {word!r}")
 
 
+def neutral_flags(config: object) -> set[str]:
+    """The names of the flags that do not change what the program computes."""
+    return {item.name for item in dataclasses.fields(config) if item.metadata.get("neutral")}
+
+
 class FlagParser(HfArgumentParser):
     """HfArgumentParser with one name per flag, the field's, and with UserError for an exit."""
 
@@ -70,8 +82,8 @@ class FlagParser(HfArgumentParser):
         names = tuple(name for name in names if name == "--help" or "-" not in name[2:])
         if names[0].startswith("--no_"):
             return None
-        for key in ("low", "above", "high", "allowed"):  # of `flag`, which argparse does not know
-            settings.pop(key, None)
+        ours = ("low", "above", "high", "allowed", "neutral", "instead_of")  # argparse has no such
+        settings = {key: value for key, value in settings.items() if key not in ours}
         return super().add_argument(*names, **settings)
 
     def error(self, message: str) -> None:
@@ -108,6 +120,11 @@ def parse_config(
     wants_help = "help" in given or "-h" in argv  # which shows the paper's values
     if is_toy and not wants_help:
         parser.set_defaults(**toy_defaults)
+    for item in dataclasses.fields(cls):
+        other = item.metadata.get("instead_of")
+        if other and item.name in given:
+            require(other not in given, f"--{item.name} and --{other} exclude each other")
+            parser.set_defaults(**{other: 0})
     config, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     require(not rest, f"unknown argument {rest[0]!r}" if rest else "")
     return config, is_toy

@@ -1,23 +1,28 @@
-"""A run's folder: settings, logs and checkpoints. Found with an unfinished run, it goes on there.
+"""A run's folder and its loop: settings, logs, resume, saving, stop requests, timings.
 
-    config.json       the resolved settings
+    config.json       the resolved settings, and hashes of what the run reads
     metrics.jsonl     one line a step; beside it rollouts.jsonl, validation.jsonl and, where there
-                      is something to tell, skipped.jsonl and bad_steps.jsonl
+                      is something to report, skipped.jsonl and bad_steps.jsonl
     checkpoints/      what a resume needs (checkpoint.py)
-    model/            the trained model, once the run is finished
+    model/            the trained model, once the run has finished
+    stop              a file that the user creates: the run ends after its step, saved
     .lock             held by the run that writes here
 
 A checkpoint knows how long every log was when it was made. A resumed run cuts the logs back to
-there, also what a kill left of a last line, so that every line comes once.
+there, so that no line comes twice.
 """
 
 import dataclasses
+import fcntl
+import importlib.util
 import json
 import math
 import os
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import torch
 import torch.distributed as dist
@@ -25,9 +30,7 @@ from torch import nn
 from torch.optim import AdamW
 from tqdm import tqdm
 
-from config import TrainConfig
-from evaluation.results import claim
-from infra.checkpoint import Checkpoints, export_model
+from infra.checkpoint import Checkpoints
 from infra.distributed import (
     StopRequest,
     World,
@@ -38,47 +41,74 @@ from infra.distributed import (
     peak_memory_gib,
 )
 from infra.errors import UserError, require
+from infra.flags import neutral_flags
 from infra.loader import Loader, Progress
 
 LOGS = (
     "metrics.jsonl", "rollouts.jsonl", "skipped.jsonl", "bad_steps.jsonl", "validation.jsonl",
 )  # fmt: skip
-
-# Settings that do not change what a run computes. --max_steps and --num_epochs change how long it
-# goes on, and with it the schedule: it says so. The way a batch is cut is compared as its product.
-NEUTRAL = {
-    "output_dir", "num_workers", "decode_timeout", "skip_bad_samples", "max_skipped",
-    "activation_checkpointing", "save_every", "keep_last", "keep_best", "resume",
-    "allow_changed_config", "timeout", "max_bad_steps", "replicas", "val_data", "val_every",
-    "val_data_root", "max_steps", "num_epochs", "prompts_per_rank", "gradient_accumulation_steps",
-    "world_size",
-}  # fmt: skip
+# torchrun sends SIGKILL so many seconds after it passed SIGTERM on. Newer ones read the variable.
+SHUTDOWN_TIMEOUT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30.0
 
 
-class RunFolder:
+def claim(lock: Path, what: str) -> TextIO:
+    """Hold a lock file until what this returns is closed or the process ends.
+
+    Raises:
+        UserError: another process holds it, or it cannot be created; names `what`.
+    """
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = lock.open("w")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another run is writing to {what}") from None
+    except OSError as error:
+        raise UserError(f"{what}: {error.strerror}") from None
+    return file
+
+
+class Run:
     """One run in its folder, new or resumed.
 
-    Construction claims the folder and finds where to go on; `with` opens logs and signals.
+    run = Run(config, world, "rl", total_steps, inputs)    # claims the folder, finds a checkpoint
+    if run.is_finished: return
+    run.restore(model, optimizer)
+    with run:
+        for step, items in run.steps(loader, number):      # resumes, stops, saves
+            with run.phase("update"): ...
+            run.log(metrics)
 
+    Args:
+        config: a TrainConfig. name: of the progress bar.
+        inputs: hashes of what the run reads, by name: a resumed run must read the same.
     Attributes:
         start: optimizer steps done before. progress: what the loader has taken by then.
-        stop: SIGTERM or SIGINT, a StopRequest.
+        history: on rank 0 the metrics of every step so far.
     Raises:
-        UserError: another run writes there, or a run with other settings is there.
+        UserError: another run writes there, or a run with other settings or inputs is there.
     """
 
-    def __init__(self, config: TrainConfig, world: World, name: str):
+    def __init__(
+        self, config, world: World, name: str, total_steps: int, inputs: dict[str, str]
+    ):  # fmt: skip
         self.config, self.world, self.name = config, world, name
+        self.total_steps, self.inputs = total_steps, inputs
         self.folder = Path(config.output_dir)
-        self.files: dict = {}  # name: open file
-        self.bar = None
-        self.stop = StopRequest()
         self.start, self.progress = 0, Progress(counts=(0,) * world.size)
         self.found: tuple[Path, dict] | None = None
         self.num_bad_steps = self.bad_in_a_row = 0
-        self.value: float | None = None  # of the metric --keep_best
-        self.validated: dict = {}  # val_.. keys of the present step's metrics
-        self.seconds_save = 0.0  # that the step before spent on saving
+        self.history: list[dict] = []
+        self.stop = StopRequest()
+        self._files: dict[str, TextIO] = {}
+        self._bar = self._events = None
+        self._seconds: dict[str, float] = {}  # of this step, by phase
+        self._seconds_save = 0.0  # of the step before
+        self._extra: dict = {}  # for the metrics of this step
+        self._warned: set[str] = set()
+        if config.tensorboard:
+            needed = "--tensorboard true needs it: pip install tensorboard"
+            require(importlib.util.find_spec("tensorboard"), needed)
         main_does(world, self._claim)
         self.checkpoints = Checkpoints(
             self.folder / "checkpoints", world, config.keep_last, config.keep_best
@@ -90,24 +120,22 @@ class RunFolder:
             raise
 
     def _claim(self) -> None:
-        """Rank 0: hold the lock for as long as this process lives."""
-        self.lock = claim(self.folder / ".lock", f"--output_dir {self.folder}")
+        self._lock = claim(self.folder / ".lock", f"--output_dir {self.folder}")
 
     def _release(self) -> None:
         if self.world.is_main:
-            self.lock.close()
+            self._lock.close()
 
     # ------------------------------------------------------------------------------------ resume
 
     def _find(self) -> None:
-        """Where to go on: from the newest whole checkpoint, or from the beginning."""
+        """Where to resume: at the newest whole checkpoint, or at the beginning."""
         has_model = (self.folder / "model").exists()
         metrics = self.folder / "metrics.jsonl"
         has_metrics = metrics.is_file() and metrics.stat().st_size > 0
         if self.config.resume == "never":
-            holds = has_model or has_metrics or bool(self.checkpoints.paths())
             require(
-                not holds,
+                not (has_model or has_metrics or self.checkpoints.paths()),
                 f"--output_dir {self.folder} holds a run already, and --resume is never: name "
                 "another folder, or delete it",
             )
@@ -118,314 +146,343 @@ class RunFolder:
         if self.found is None:
             require(
                 not has_model,
-                f"--output_dir {self.folder} holds a model/ and no checkpoint to go on from: name "
+                f"--output_dir {self.folder} holds a model/ and no checkpoint to resume from: name "
                 "another folder",
             )
             if has_metrics:
-                log(f"{self.folder} holds a run without a whole checkpoint: it begins again")
+                log(f"{self.folder} holds a run without a whole checkpoint: it starts again")
             return
-        run = self.found[1]
-        self.start, self.num_bad_steps = run["step"], run["num_bad_steps"]
-        self.bad_in_a_row, self.value = run["bad_in_a_row"], run["value"]
-        progress = run["progress"]
-        progress = Progress(
-            progress["start"], tuple(progress["taken"]), tuple(progress["counts"]),
-            progress["skipped"],
-        )  # fmt: skip
-        before = len(progress.counts)
-        self.progress = progress.dealt_to(self.world.size)
+        saved = self.found[1]
+        self.start, self.num_bad_steps = saved["step"], saved["num_bad_steps"]
+        self.bad_in_a_row = saved["bad_in_a_row"]
+        progress = saved["progress"]
+        progress["taken"], progress["counts"] = tuple(progress["taken"]), tuple(progress["counts"])
+        before = len(progress["counts"])
+        self.progress = Progress(**progress).dealt_to(self.world.size)
         if before != self.world.size:
-            log(f"the run goes on with {self.world.size} processes, it had {before}")
+            log(f"the run resumes on {self.world.size} ranks, it had {before}")
 
     def settings(self) -> dict:
         """What config.json holds."""
-        return dataclasses.asdict(self.config) | {"world_size": self.world.size}
+        config = json.loads(json.dumps(dataclasses.asdict(self.config)))  # as it will be read
+        return config | {"num_ranks": self.world.size, "inputs": self.inputs}
 
     def _compare_settings(self) -> None:
-        """Raise UserError where a setting that matters is not the one that the run had."""
+        """Raise UserError where a setting or an input that matters is not the one the run had."""
         file = self.folder / "config.json"
         try:
             before = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            before |= {f"contents of --{name}": value for name, value in before["inputs"].items()}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(
-                f"--output_dir {self.folder} holds a run whose config.json cannot be read: {error}"
+                f"--output_dir {self.folder} holds a run whose config.json cannot be used: "
+                f"{error!r}"
             ) from None
-        now = json.loads(json.dumps(self.settings()))
-        for settings in (before, now):
-            parts = ("world_size", "prompts_per_rank", "gradient_accumulation_steps")
-            settings["prompts of a step"] = math.prod(settings[part] for part in parts)
-        changed = {
-            key: (before.get(key), value)
-            for key, value in now.items()
-            if key not in NEUTRAL and before.get(key) != value
-        }
+        now = self.settings()
+        now |= {f"contents of --{name}": value for name, value in now["inputs"].items()}
+        ignored = neutral_flags(self.config) | {"num_ranks", "inputs"}
+        changed = [key for key in now if key not in ignored and before.get(key) != now[key]]
         if not changed:
             return
-        words = "; ".join(f"{key} {old!r} is now {new!r}" for key, (old, new) in changed.items())
+        words = "; ".join(f"{key} {before.get(key)!r:.60} is now {now[key]!r:.60}"
+                          for key in changed)  # fmt: skip
         require(
             self.config.allow_changed_config,
             f"--output_dir {self.folder} holds a run with other settings: {words}. Name another "
-            "folder, or go on with it by --allow_changed_config true",
+            "folder, or resume with --allow_changed_config true",
         )
-        log(f"the run goes on with other settings: {words}")
+        log(f"the run resumes with other settings: {words}")
 
-    def is_finished(self, total_steps: int) -> bool:
+    @property
+    def is_finished(self) -> bool:
         """Whether the folder's run has all its steps and its model; says so."""
-        if self.found is None or self.start < total_steps or not (self.folder / "model").is_dir():
+        has_model = (self.folder / "model").is_dir()
+        if self.found is None or self.start < self.total_steps or not has_model:
             return False
         log(
-            f"{self.folder} holds a finished run of {self.start} steps: nothing is done. A larger "
-            "--max_steps goes on with it, another --output_dir begins a new one"
+            f"{self.folder} holds a finished run of {self.start} steps: nothing to do. A larger "
+            "--max_steps continues it, another --output_dir starts a new one"
         )
         self._release()
         return True
 
-    def restore(self, model: nn.Module, optimizer: AdamW, total_steps: int, rate_at) -> None:
-        """Load the checkpoint that was found, if any, into model and optimizer.
+    def restore(self, model: nn.Module, optimizer: AdamW, rate_at: Callable) -> None:
+        """Load the checkpoint that was found, if any; these two are saved from now on.
 
         Args:
             rate_at: the learning rate from (step, number of steps), to say how a longer run's
                 schedule differs.
         """
+        self.model, self.optimizer = model, optimizer
         if self.found is None:
             return
-        path, run = self.found
+        path, saved = self.found
         self.checkpoints.load(path, model, optimizer)
         log(f"resumed from {path}")
-        if run["total_steps"] != total_steps and self.start < total_steps:
-            old, new = (rate_at(self.start, steps) for steps in (run["total_steps"], total_steps))
+        before = saved["total_steps"]
+        if before != self.total_steps and self.start < self.total_steps:
+            old, new = (rate_at(self.start, steps) for steps in (before, self.total_steps))
             log(
-                f"the schedule now spans {total_steps} steps, it spanned {run['total_steps']}: the "
+                f"the schedule now spans {self.total_steps} steps, it spanned {before}: the "
                 f"learning rate of step {self.start + 1} is {new:.3g}, it would have been {old:.3g}"
             )
 
-    # --------------------------------------------------------------------------------------- logs
+    # --------------------------------------------------------------------------------- the folder
 
-    def open(self, total_steps: int) -> "RunFolder":
+    def __enter__(self) -> "Run":
         """Cut the logs back to the checkpoint, write config.json, show the progress bar."""
-        self.total_steps = total_steps
         if self.world.is_main:
             try:
                 self._prepare_files()
             except OSError as error:
                 raise UserError(f"{error.filename}: {error.strerror}") from None
-            self.bar = tqdm(
-                total=total_steps, initial=self.start, desc=self.name, unit="step",
+            self._bar = tqdm(
+                total=self.total_steps, initial=self.start, desc=self.name, unit="step",
                 dynamic_ncols=True,
             )  # fmt: skip
+        self.stop.__enter__()
         return self
 
     def _prepare_files(self) -> None:
         self.checkpoints.folder.mkdir(exist_ok=True)
         self.checkpoints.clean()
+        (self.folder / "stop").unlink(missing_ok=True)
         lengths = self.found[1]["log_bytes"] if self.found else {}
         for name in LOGS:
-            self._cut_back(self.folder / name, lengths.get(name, 0))
+            cut_back(self.folder / name, lengths.get(name, 0))
         unfinished = self.folder / ".config.json"
         unfinished.write_text(json.dumps(self.settings(), indent=2) + "\n", encoding="utf-8")
         os.replace(unfinished, self.folder / "config.json")
+        metrics = self.folder / "metrics.jsonl"
+        if metrics.exists():
+            lines = metrics.read_text(encoding="utf-8").splitlines()
+            self.history = [json.loads(line) for line in lines]
+        if self.config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # not among the run-time packages
 
-    def _cut_back(self, file: Path, length: int) -> None:
-        size = file.stat().st_size if file.exists() else 0
-        if size < length:
-            log(f"{file} is shorter than its checkpoint says: {length - size} bytes are lost")
-        elif size > length:
-            os.truncate(file, length)
+            # Events of steps that are taken again are dropped.
+            self._events = SummaryWriter(str(self.folder), purge_step=self.start + 1)
 
-    def history(self) -> list[dict]:
-        """Rank 0: the metrics of the steps before this process began; elsewhere nothing."""
-        file = self.folder / "metrics.jsonl"
-        if not self.world.is_main or not file.exists():
-            return []
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    def __exit__(self, *error: object) -> None:
+        self.stop.__exit__(*error)
+        if self._bar is not None:
+            self._bar.close()  # leaves the bar's line, so that an error starts on its own
+        if not error[0]:  # else a checkpoint may still be on its way, which syncs them
+            for file in self._files.values():
+                file.close()
+            self._release()
+        if self._events is not None:
+            self._events.close()
 
-    def metrics(self, metrics: dict[str, float | int | None]) -> None:
-        """One object into metrics.jsonl, the same on the console.
-
-        null stands for what is not defined in a step, or is not finite.
-        """
-        metrics = metrics | self.validated | {"seconds_save": self.seconds_save}
-        self.validated = {}
-        metrics = {key: value if _is_number(value) else None for key, value in metrics.items()}
-        best = self.config.keep_best
-        if best and not best.startswith("val_"):  # those come with validations alone
-            require(best in metrics, f"--keep_best {best}: metrics have {', '.join(metrics)}")
-        if metrics.get(best) is not None:
-            self.value = metrics[best]
+    def say(self, text: str) -> None:
+        """A line on the console, above the progress bar."""
         if self.world.is_main:
-            self.records("metrics.jsonl", [metrics])
-            self.bar.write("  ".join(f"{key} {_short(value)}" for key, value in metrics.items()))
-            self.bar.update()
+            self._bar.write(text)
+
+    def warn(self, holds: bool, text: str) -> None:
+        """A warning on the console where it holds, once for each text."""
+        if holds and text not in self._warned:
+            self._warned.add(text)
+            self.say(f"warning: {text}")
+
+    # --------------------------------------------------------------------------------------- steps
+
+    def steps(self, loader: Loader, number: int) -> Iterator[tuple[int, list]]:
+        """Each step that is left, counted from 0, and this rank's items: `number` from the loader.
+
+        After each step it saves where that is due, and ends where the run was asked to stop:
+        is_complete tells the two ends apart.
+
+        Raises:
+            UserError: too many bad steps in a row, or unusable samples; a save has failed.
+        """
+        self.is_complete = self.start >= self.total_steps
+        for step in range(self.start, self.total_steps):
+            self._seconds = {}
+            with self.phase("data"):
+                items = loader.take(number, step, lambda: bool(self.stop.name))
+            if any(self._everyone(items is None)):  # no item can be had, and the run shall stop
+                self._stop(step, loader.progress)
+                return
+            yield step, items
+            loader.check_skipped()
+            if self._end_step(step, loader.progress):
+                return
+        self.is_complete = True
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a part of a step: `with run.phase("rollout"): ..`; parts of one name add up."""
+        begun = time.perf_counter()
+        yield
+        if torch.cuda.is_available():  # else the next phase would be billed for this one's kernels
+            torch.cuda.synchronize()
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - begun
+
+    def _everyone(self, value: object) -> list:
+        values: list = [None] * self.world.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def _stop_reason(self) -> str:
+        """What asked the run to stop, on any rank; "" if nothing did."""
+        reason = self.stop.name
+        if not reason and self.world.is_main and (self.folder / "stop").exists():
+            reason = f"the file {self.folder / 'stop'}"
+        return next(filter(None, self._everyone(reason)), "")
+
+    def _end_step(self, step: int, progress: Progress) -> bool:
+        """Save where that is due; returns whether the run stops now."""
+        begun = time.perf_counter()
+        too_many_bad = self.bad_in_a_row > self.config.max_bad_steps
+        reason = self._stop_reason()
+        every = self.config.save_every
+        due = (every and (step + 1) % every == 0) or step + 1 == self.total_steps
+        self.checkpoints.check()
+        if reason:
+            self._stop(step + 1, progress, reason)
+        elif due or too_many_bad:
+            self._save(step + 1, progress)
+        if too_many_bad:
+            self.checkpoints.wait()
+            raise UserError(
+                f"the loss or the gradient of {self.bad_in_a_row} steps in a row was not finite, "
+                f"and none was applied (--max_bad_steps {self.config.max_bad_steps}); "
+                "bad_steps.jsonl names their samples, the last checkpoint has the weights from "
+                "before"
+            )
+        self._seconds_save = time.perf_counter() - begun
+        return bool(reason)
+
+    def _stop(self, step: int, progress: Progress, reason: str = "") -> None:
+        reason = reason or self._stop_reason()
+        if step > self.start:
+            self._save(step, progress)
+            self.checkpoints.wait()
+        log(f"stopped by {reason} after step {step} and saved: the same command resumes from here")
+
+    def _save(self, step: int, progress: Progress) -> None:
+        lengths = {}
+        if self.world.is_main:
+            files = {name: self.folder / name for name in LOGS}
+            lengths = {name: file.stat().st_size for name, file in files.items() if file.exists()}
+        saved = {
+            "step": step, "total_steps": self.total_steps, "progress": dataclasses.asdict(progress),
+            "log_bytes": lengths, "num_bad_steps": self.num_bad_steps,
+            "bad_in_a_row": self.bad_in_a_row, "metrics": self.history[-1] if self.history else {},
+        }  # fmt: skip
+        self.checkpoints.save(saved, self.model, self.optimizer, before_visible=self._sync_logs)
+
+    def _sync_logs(self) -> None:
+        for file in list(self._files.values()):
+            os.fsync(file.fileno())
+
+    def finish(self, export: Callable[[Path], None]) -> None:
+        """Write model/, after the last checkpoint is whole."""
+        self.checkpoints.wait()
+        export(self.folder / "model")
+        log(f"model written to {self.folder / 'model'}")
+
+    # ---------------------------------------------------------------------------------------- logs
+
+    def log(self, metrics: dict[str, float | int | None], num_tokens: float) -> None:
+        """One object into metrics.jsonl, the same on the console: once a step, on every rank.
+
+        null stands for what is not defined in a step, or is not finite. Added are the timings, the
+        step and each of its phases at the slowest rank: a rank that waits for another in a
+        collective waits inside the phase that holds it, so the phases can exceed the step.
+
+        Args:
+            num_tokens: of the step, over all ranks.
+        """
+        own = {"memory": peak_memory_gib(self.world.device), "step": sum(self._seconds.values())}
+        slowest = max_over_ranks(own | self._seconds)
+        memory, seconds = slowest.pop("memory"), slowest.pop("step")
+        metrics = metrics | {
+            "bad_steps": self.num_bad_steps, "seconds": seconds,
+            **{f"seconds_{phase}": value for phase, value in slowest.items()},
+            "tokens_per_second": num_tokens / seconds, "peak_memory_gib": round(memory, 2),
+            **self._extra, "seconds_save": self._seconds_save,
+        }  # fmt: skip
+        self._extra = {}
+        metrics = {key: value if is_finite(value) else None for key, value in metrics.items()}
+        if not self.world.is_main:
+            return
+        self.history.append(metrics)
+        self.records("metrics.jsonl", [metrics])
+        if self._events is not None:
+            for key, value in metrics.items():
+                if value is not None:
+                    self._events.add_scalar(key, value, metrics["step"])
+        self.say("  ".join(f"{key} {short(value)}" for key, value in metrics.items()))
+        self._bar.update()
 
     def records(self, name: str, records: list[dict]) -> None:
-        """One line per record into a file of this name, which is there once it has a line."""
+        """Rank 0: one line per record into a file, which exists once it has a line."""
         if not self.world.is_main or not records:
             return
         assert name in LOGS, name
         try:
-            if name not in self.files:
-                self.files[name] = (self.folder / name).open("a", encoding="utf-8")
-            self.files[name].writelines(json.dumps(record) + "\n" for record in records)
-            self.files[name].flush()
+            if name not in self._files:
+                self._files[name] = (self.folder / name).open("a", encoding="utf-8")
+            self._files[name].writelines(json.dumps(record) + "\n" for record in records)
+            self._files[name].flush()
         except OSError as error:
             raise UserError(f"{self.folder / name} cannot be written: {error.strerror}") from None
 
+    def gather_records(self, name: str, mine: list[dict]) -> None:
+        """The records of all ranks into one file: once a step, on every rank."""
+        everyone = gather_to_main(mine, self.world)
+        self.records(name, [record for rank in everyone or [] for record in rank])
+
+    def count_bad_step(self, step: int, num_bad_updates: int, samples: list[dict]) -> None:
+        """Note a step of which an update was not applied: its loss or gradient was not finite.
+
+        Args:
+            num_bad_updates: the same on every rank. samples: what identifies this rank's.
+        """
+        self.num_bad_steps += num_bad_updates > 0
+        self.bad_in_a_row = self.bad_in_a_row + 1 if num_bad_updates else 0
+        if num_bad_updates:
+            everyone = gather_to_main(samples, self.world)
+            record = {"step": step + 1, "num_bad_updates": num_bad_updates}
+            record["samples"] = [sample for rank in everyone or [] for sample in rank]
+            self.records("bad_steps.jsonl", [record])
+
     def validate(self, validation, model: nn.Module, step: int) -> None:
         """Validate after so many steps, where that is due: a line of validation.jsonl, and val_..
-        keys in the step's metrics."""
+        keys in the metrics of the step."""
         if not validation.is_due(step, self.total_steps):
             return
-        self.world.watch.at(f"step {step}, validation")
         begun = time.perf_counter()
         found = validation(model)
         if found is None:
             return
         seconds = time.perf_counter() - begun
         self.records("validation.jsonl", [{"step": step, **found, "seconds": seconds}])
-        keys = ("accuracy", "accuracy_shuffled", "gap")
-        self.validated = {f"val_{key}": found[key] for key in keys}
-        words = [f"{key} {_short(value)}" for key, value in self.validated.items()]
+        means = {f"val_{key}": found[key] for key in ("accuracy", "accuracy_shuffled", "gap")}
+        self._extra = means if step else {}  # before the first step there is no line for it
+        words = [f"{key} {short(value)}" for key, value in means.items()]
         self.say(f"validation after step {step}: {'  '.join(words)}")
 
-    def validate_at_start(self, validation, model: nn.Module) -> None:
-        """Validate before the first step of a new run: what the others are compared with."""
-        if self.start == 0:
-            self.validate(validation, model, 0)
-            self.validated = {}
 
-    def say(self, text: str) -> None:
-        """A line on the console, above the progress bar."""
-        if self.world.is_main:
-            self.bar.write(text)
-
-    def __enter__(self) -> "RunFolder":
-        self.stop.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.stop.__exit__(*error)
-        if self.bar is not None:
-            self.bar.close()  # leaves the bar's line, so that an error starts on its own
-        if not error[0]:  # else a checkpoint may still be on its way, which syncs them
-            for file in self.files.values():
-                file.close()
-            self._release()
-
-    # --------------------------------------------------------------------------------- every step
-
-    def count_bad_step(self, step: int, num_bad_updates: int, samples: list) -> None:
-        """Note a step of which an update was not applied, since its gradient was not finite.
-
-        Args:
-            num_bad_updates: the same on every rank. samples: this rank's of the step.
-        """
-        self.num_bad_steps += num_bad_updates > 0
-        self.bad_in_a_row = self.bad_in_a_row + 1 if num_bad_updates else 0
-        if num_bad_updates:
-            mine = [{"row": sample.row, "problem_id": sample.problem_id} for sample in samples]
-            everyone = gather_to_main(mine, self.world)
-            record = {"step": step + 1, "num_bad_updates": num_bad_updates}
-            record["samples"] = [sample for rank in everyone or [] for sample in rank]
-            self.records("bad_steps.jsonl", [record])
-
-    def end_step(self, step: int, loader: Loader, model: nn.Module, optimizer: AdamW) -> bool:
-        """Save where that is due; returns whether the run shall stop now.
-
-        Raises:
-            UserError: too many bad steps in a row, or unusable samples; a save has failed.
-        """
-        self.world.watch.at(f"step {step + 1}, save")
-        begun = time.perf_counter()
-        too_many_bad = self.bad_in_a_row > self.config.max_bad_steps
-        stop = self._any_rank(bool(self.stop.name))
-        every = self.config.save_every
-        due = (every and (step + 1) % every == 0) or step + 1 == self.total_steps
-        self.checkpoints.check()
-        if due or stop or too_many_bad:
-            self._save(step + 1, loader.progress, model, optimizer)
-        if too_many_bad:
-            self.checkpoints.wait()
-            raise UserError(
-                f"the gradients of {self.bad_in_a_row} steps in a row were not finite and none was "
-                f"applied (--max_bad_steps {self.config.max_bad_steps}); bad_steps.jsonl names "
-                f"their samples, the last checkpoint has the weights from before"
-            )
-        loader.check_skipped()
-        self.seconds_save = time.perf_counter() - begun
-        if stop:
-            self.checkpoints.wait()
-            log(f"stopped by {self.stop.name or 'a signal to another rank'} after step {step + 1} "
-                "and saved: the same command goes on from here")  # fmt: skip
-        return stop
-
-    def _any_rank(self, wish: bool) -> bool:
-        wishes: list = [None] * self.world.size
-        dist.all_gather_object(wishes, wish)
-        return any(wishes)
-
-    def _save(self, step: int, progress: Progress, model: nn.Module, optimizer: AdamW) -> None:
-        lengths = {}
-        if self.world.is_main:
-            files = {name: self.folder / name for name in LOGS}
-            lengths = {name: file.stat().st_size for name, file in files.items() if file.exists()}
-        run = {
-            "step": step, "total_steps": self.total_steps, "progress": dataclasses.asdict(progress),
-            "log_bytes": lengths, "num_bad_steps": self.num_bad_steps,
-            "bad_in_a_row": self.bad_in_a_row, "value": self.value,
-        }  # fmt: skip
-        self.checkpoints.save(run, model, optimizer, before_visible=self._sync_logs)
-
-    def _sync_logs(self) -> None:
-        for file in list(self.files.values()):
-            os.fsync(file.fileno())
-
-    def finish(self, model: nn.Module) -> None:
-        """Write model/, after the last checkpoint is whole."""
-        self.checkpoints.wait()
-        export_model(model, self.config.model, self.folder / "model", self.world)
-        self.say(f"model written to {self.folder / 'model'}")
+def cut_back(file: Path, length: int) -> None:
+    """Cut a log back to a length in bytes; a shorter one to its last whole line, and say so."""
+    size = file.stat().st_size if file.exists() else 0
+    if size < length:
+        content = file.read_bytes() if size else b""
+        kept = content.rfind(b"\n") + 1
+        log(f"{file} is shorter than its checkpoint says: {length - kept} bytes of it are lost")
+        length = kept
+    if size > length:
+        os.truncate(file, length)
 
 
-class PhaseTimer:
-    """Seconds of a step by phase: `with timer("rollout"): ...`; phases of one name add up.
-
-    Also tells the other ranks where this one is (distributed.Watch).
-    """
-
-    def __init__(self, world: World, step: int):
-        self.world, self.step = world, step
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, phase: str):
-        self.world.watch.at(f"step {self.step + 1}, {phase}")
-        start = time.perf_counter()
-        yield
-        if torch.cuda.is_available():  # else the next phase would be billed for this one's kernels
-            torch.cuda.synchronize()
-        elapsed = time.perf_counter() - start
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + elapsed
-
-    def metrics(self, num_tokens: float) -> dict[str, float]:
-        """The step and each of its phases at the slowest rank, tokens per second, peak memory.
-
-        A rank that waits for another in a collective waits inside the phase that holds it, so the
-        phases can add up to more than the step.
-        """
-        own = {"memory": peak_memory_gib(self.world.device), "step": sum(self.seconds.values())}
-        slowest = max_over_ranks(own | self.seconds)
-        memory, seconds = slowest.pop("memory"), slowest.pop("step")
-        return {
-            "seconds": seconds,
-            **{f"seconds_{phase}": value for phase, value in slowest.items()},
-            "tokens_per_second": num_tokens / seconds,
-            "peak_memory_gib": round(memory, 2),
-        }
-
-
-def _is_number(value: float | int | None) -> bool:
+def is_finite(value: float | int | None) -> bool:
+    """Whether a metric has a value that JSON can hold."""
     return value is not None and math.isfinite(value)
 
 
-def _short(value: float | int | None) -> str:
+def short(value: float | int | None) -> str:
+    """A metric on the console."""
     return str(value) if value is None or isinstance(value, int) else f"{value:.4g}"
