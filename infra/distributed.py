@@ -1,21 +1,19 @@
-"""Processes: the group, the device mesh, FSDP2 sharding, whole weights for sampling, the log, and
-what happens when a rank is lost or the run is asked to stop.
+"""Processes: the group and its devices, FSDP2's gathered weights, collectives, signals, exit codes.
 
 Gloo and float32 on CPU; NCCL, float32 master weights, bfloat16 compute and float32 reduction on
-GPU. One process is a group of one and goes through the same code.
+GPU. One process is a group of one and takes the same code path.
 """
 
 import ctypes
-import json
 import os
+import re
 import resource
 import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -25,62 +23,109 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
-from infra.errors import UserError
+from infra.errors import UserError, require
+
+SHORTEST_TIMEOUT = 30.0  # seconds
+START = timedelta(minutes=10)  # that a rank may need longer than another to import and to join
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among the others. The mesh is (copies, shards): see model.shard."""
+    """This process among the others.
+
+    dtype: of forward and backward passes. mesh: (copies, shards). monitor: the group of
+    name_missing_ranks, and its patience.
+    """
 
     rank: int
     size: int
     device: torch.device
-    dtype: torch.dtype  # that forward and backward passes compute in
+    dtype: torch.dtype
     mesh: DeviceMesh
-    watch: "Watch"
+    monitor: dist.ProcessGroup | None = None
+    patience: timedelta = timedelta(0)
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def watch(self) -> "World":  # until its last caller is gone
+        return self
+
+    def at(self, place: str) -> None:
+        """Do nothing: see `watch`."""
+
 
 @contextmanager
-def process_group(timeout: float = 1800, replicas: int = 1) -> Iterator[World]:
+def process_group(
+    timeout: float = 1800, replicas: int = 1, precision: str = "", cpu_fallback: bool = False
+) -> Iterator[World]:
     """Join the group that torchrun describes; without torchrun, a group of one.
 
     Args:
-        timeout: seconds that a rank may keep the others waiting.
+        timeout: seconds that a rank may keep the others waiting in a collective, and half of it in
+            name_missing_ranks; less than SHORTEST_TIMEOUT is raised to that.
         replicas: copies of the sharded model, each over size / replicas ranks (HSDP).
+        precision: "fp32" or "bf16"; "": bf16 on GPU, fp32 on CPU.
+        cpu_fallback: run on CPU where this machine has fewer GPUs than ranks.
     Raises:
-        UserError: the ranks do not divide into so many copies.
+        UserError: fewer GPUs than ranks, or the ranks do not divide into so many copies.
     """
     die_with_parent()
     keep_freed_memory()
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if size % replicas:
-        raise UserError(f"--replicas {replicas} does not divide the number of processes, {size}")
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    dtype = torch.bfloat16 if cuda else torch.float32
-    store: dist.Store = dist.HashStore()
-    if "RANK" in os.environ:
-        store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
-        # torchrun keeps its store over a restart, with the addresses of the ranks that are gone.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(f"attempt_{attempt}", store)
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    require(size % replicas == 0, f"--replicas {replicas} does not divide the {size} processes")
+    device = choose_device(cpu_fallback)
+    dtype = DTYPES[precision or ("bf16" if device.type == "cuda" else "fp32")]
+    if timeout < SHORTEST_TIMEOUT:
+        log(f"--timeout {timeout:g} is raised to {SHORTEST_TIMEOUT:g} seconds: a healthy rank may "
+            "be that late")  # fmt: skip
+    limit = timedelta(seconds=max(timeout, SHORTEST_TIMEOUT))
+    store, rank = meet()
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.PrefixStore("group", store),
-        rank=rank, world_size=size, timeout=timedelta(seconds=timeout),
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore("group", store), rank=rank, world_size=size, timeout=limit,
     )  # fmt: skip
     names = ("copies", "shards")
     mesh = init_device_mesh(device.type, (replicas, size // replicas), mesh_dim_names=names)
-    with Watch(store, rank, size, timeout) as watch:
-        yield World(rank, size, device, dtype, mesh, watch)
+    monitor = dist.new_group(backend="gloo", timeout=limit)
+    yield World(rank, size, device, dtype, mesh, monitor, limit / 2)
     # Not after an error: a rank that leaves breaks the others' collectives, and their complaint
     # about that would be the last word (see run).
     dist.destroy_process_group()
+
+
+def choose_device(cpu_fallback: bool = False) -> torch.device:
+    """This rank's GPU, or the CPU of a machine without one."""
+    num_gpus, num_ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if not num_gpus:
+        return torch.device("cpu")
+    if num_gpus < num_ranks:
+        found = f"{num_ranks} processes and {num_gpus} GPU{'s' if num_gpus > 1 else ''} here"
+        require(cpu_fallback, f"{found}: start {num_gpus} at most (--nproc_per_node {num_gpus})")
+        log(f"{found}: running on CPU")
+        return torch.device("cpu")
+    # On H100 it is the default from torch 2.11 on. With a mask it can give NaN gradients (pytorch
+    # issue 196678), and it compiles a plan for each new length: seconds in every rollout.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
+
+
+def meet() -> tuple[dist.Store, int]:
+    """The store that the ranks share, once all of them are there, and this process's rank."""
+    if "RANK" not in os.environ:
+        return dist.HashStore(), 0
+    store, rank, size = next(dist.rendezvous("env://", timeout=START))
+    # torchrun keeps its store over a restart, with the addresses of the ranks that are gone.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"attempt_{attempt}", store)
+    store.set(f"rank_{rank}", "here")
+    store.wait([f"rank_{other}" for other in range(size)], START)
+    return store, rank
 
 
 def die_with_parent() -> None:
@@ -112,9 +157,6 @@ def keep_freed_memory() -> None:
         mallopt(m_arena_max, 1)  # what the backward pass frees in its thread serves the main one
 
 
-# --------------------------------------------------------------------------------------- sharding
-
-
 @contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
     """Gather all weights once and keep them for the block, without gradient.
@@ -142,15 +184,17 @@ def unsharded(model: nn.Module) -> Iterator[None]:
 
 def sum_over_ranks(values: dict[str, float]) -> dict[str, float]:
     """Sums over the ranks, in float64, the same keys on every rank."""
-    total = torch.tensor(list(values.values()), dtype=torch.float64)
-    dist.all_reduce(total)  # gloo also where there are GPUs: a handful of numbers
-    return dict(zip(values, total.tolist(), strict=True))
+    return _reduce(values, dist.ReduceOp.SUM)
 
 
 def max_over_ranks(values: dict[str, float]) -> dict[str, float]:
     """Maxima over the ranks, in float64, the same keys on every rank."""
+    return _reduce(values, dist.ReduceOp.MAX)
+
+
+def _reduce(values: dict[str, float], operation: dist.ReduceOp) -> dict[str, float]:
     total = torch.tensor(list(values.values()), dtype=torch.float64)
-    dist.all_reduce(total, op=dist.ReduceOp.MAX)
+    dist.all_reduce(total, op=operation)  # gloo also where there are GPUs: a handful of numbers
     return dict(zip(values, total.tolist(), strict=True))
 
 
@@ -175,112 +219,22 @@ def on_main(world: World, work: Callable[[], object]) -> object:
     return values[0]
 
 
-# ------------------------------------------------------------------------- lost ranks and stopping
+def name_missing_ranks(world: World) -> None:
+    """Wait for every rank, before collectives whose own timeout names nobody.
 
-
-class Watch:
-    """Says where every rank is, and ends this one when another no longer answers.
-
-    A thread of each rank writes a beat into the store every second: where the rank is, and its
-    process. It beats while the rank computes or waits, and stops when the process is dead or
-    stopped. A rank whose beat stays the same for half of the timeout ends all the others; one that
-    beats and never comes to a collective runs into the collective's own timeout.
+    Rank 0 waits half of process_group's timeout and then ends the job with a line that names the
+    ranks that did not come (see run).
     """
+    if world.size > 1:
+        dist.monitored_barrier(world.monitor, world.patience, wait_all_ranks=True)
 
-    BEAT = 1.0  # seconds
-    current: "Watch | None" = None  # the one of this process, for the error that ends it
 
-    def __init__(self, store: dist.Store, rank: int, size: int, timeout: float):
-        # A connection of its own: on the other one the main thread may wait for long.
-        self.store = store.clone() if size > 1 else store
-        self.rank, self.size, self.patience = rank, size, timeout / 2
-        self.place, self.number = "the start", 0
-        self.beats: dict[int, tuple[float, dict]] = {}  # rank: (when it changed, the beat)
-        self.stopped = threading.Event()
-        self.thread = threading.Thread(target=self._beat, daemon=True, name="watch")
-
-    def at(self, place: str) -> None:
-        """Note where this rank is: "step 3, rollout"."""
-        self.place = place
-
-    def __enter__(self) -> "Watch":
-        if self.size > 1:
-            Watch.current = self
-            # Every rank is known from here on: one that is lost within its first second is missed.
-            self._tell(self.place)
-            self.store.wait([f"beat/{rank}" for rank in range(self.size)])
-            self._look()
-            self.thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if not error[0]:  # after an error the beat goes on until run has said which rank is lost
-            Watch.current = None
-            self.stopped.set()
-            if self.thread.is_alive():
-                self.thread.join()
-                self._tell("left")  # the others must not miss this rank
-
-    def _beat(self) -> None:
-        while not self.stopped.wait(self.BEAT):
-            try:
-                self._tell(self.place)
-                self._look()
-            except (RuntimeError, ValueError):  # the launcher is gone, and takes all ranks with it
-                return
-            lost = self.lost(self.patience)
-            if lost:
-                self._end(lost)
-
-    def _tell(self, place: str) -> None:
-        self.number += 1
-        beat = {"number": self.number, "place": place, "pid": os.getpid(),
-                "host": socket.gethostname()}  # fmt: skip
-        self.store.set(f"beat/{self.rank}", json.dumps(beat))
-
-    def _look(self) -> None:
-        now = time.monotonic()
-        for rank in range(self.size):
-            key = f"beat/{rank}"
-            if self.store.check([key]):
-                beat = json.loads(self.store.get(key))
-                if self.beats.get(rank, (0, {"number": 0}))[1]["number"] != beat["number"]:
-                    self.beats[rank] = (now, beat)
-
-    def lost(self, seconds: float) -> dict[int, dict]:
-        """The last beats of the ranks that have not answered for so long, by rank."""
-        now = time.monotonic()
-        return {
-            rank: beat
-            for rank, (since, beat) in self.beats.items()
-            if now - since > seconds and beat["place"] != "left"
-        }
-
-    def describe(self, lost: dict[int, dict]) -> str:
-        """The lost ranks and where they were; where every rank is, if none is lost."""
-        if lost:
-            places = [f"rank {rank} no longer answers, it was at {beat['place']}"
-                      for rank, beat in sorted(lost.items())]  # fmt: skip
-            return f"{'; '.join(places)} (this rank: {self.place})"
-        places = [
-            f"rank {rank} at {beat['place']}" for rank, (_, beat) in sorted(self.beats.items())
-        ]
-        return f"every rank still answers: {', '.join(places)}"
-
-    def _end(self, lost: dict[int, dict]) -> None:
-        speaker = min(set(range(self.size)) - set(lost))
-        if self.rank == speaker:
-            complain(f"{self.describe(lost)}: nothing for {self.patience:g} seconds")
-        for beat in lost.values():  # a stopped process would wait for the launcher's patience
-            if beat["host"] == socket.gethostname():
-                with suppress(ProcessLookupError):
-                    os.kill(beat["pid"], signal.SIGKILL)
-        os._exit(1)
+# -------------------------------------------------------------------------- signals, log and exit
 
 
 class StopRequest:
-    """SIGTERM and SIGINT as a wish: the step is ended and the run saved. The second one is obeyed
-    at once.
+    """SIGTERM and SIGINT: a first one is noted, for the caller to finish the step and save; a
+    second one ends the process at once.
 
     with StopRequest() as request:
         ... if request.name: ...
@@ -311,9 +265,6 @@ class StopRequest:
             self.name, self.since = signal.Signals(number).name, time.monotonic()
 
 
-# ------------------------------------------------------------------------------- log and errors
-
-
 def log(*words: object) -> None:
     """Print on rank 0 alone."""
     if int(os.environ.get("RANK", 0)) == 0:
@@ -328,31 +279,36 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's main; what the user did wrong ends it with one line and exit code 2.
+    """Run a script's main, and end it with one line where no traceback would help.
 
-    UserError is a message to the user; any other exception is a bug and keeps its traceback.
+    UserError: exit code 2. Ctrl-C: 130. A collective that broke, since another rank died, or timed
+    out: 1. Any other exception is a bug and keeps its traceback.
     """
     try:
         main()
     except UserError as error:
-        if int(os.environ.get("RANK", 0)):  # mostly all ranks see the same: rank 0 speaks, and
-            time.sleep(3)  # torchrun ends the others
         complain(error)
         sys.exit(2)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun sends it once more
+        if int(os.environ.get("RANK", 0)) == 0:
+            print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
     except RuntimeError as error:
-        watch = Watch.current
-        # A collective that broke, since another rank died, or that timed out.
-        if watch is None or not (isinstance(error, dist.DistBackendError) or "gloo" in str(error)):
+        reason = str(error).partition("\n")[0]
+        is_collective = isinstance(error, dist.DistError) or re.search("gloo|monitoredB", reason)
+        if "RANK" not in os.environ or not is_collective:
             raise
-        time.sleep(3.5 * Watch.BEAT)  # a rank that has just died is known by its beats
-        lost = watch.lost(2.5 * Watch.BEAT)
-        if watch.rank == min(set(range(watch.size)) - set(lost)):
-            complain(f"{watch.describe(lost)}: {str(error).splitlines()[0]}")
+        complain(f"a rank has died (torchrun's report below names it) or hangs: {reason}")
         os._exit(1)  # without waiting for threads: a checkpoint may be on its way with lost ranks
 
 
 def complain(message: object) -> None:
-    """The one line on what went wrong."""
+    """The one line on what went wrong. Mostly all ranks see the same: rank 0 speaks, and torchrun
+    ends the others."""
     rank = int(os.environ.get("RANK", 0))
+    if rank:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # it may be a StopRequest's
+        time.sleep(3)
     where = f" on rank {rank}" if rank else ""
     print(f"error{where}: {message}", file=sys.stderr, flush=True)
