@@ -64,7 +64,7 @@ from evaluation.results import (
     write_json,
     write_whole,
 )
-from infra.distributed import World, log, main_does, on_main, process_group, run
+from infra.distributed import World, log, main_does, on_main, process_group, run_main
 from infra.errors import UserError, require
 from infra.flags import flag, parse_config
 from infra.video import DecoderPool
@@ -380,4 +380,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -543,6 +543,6 @@ def submit_decode(pool: DecoderPool, sample: Sample, limits: dict[str, int]):
 
 if __name__ == "__main__":
     from evaluation.check_data import main
-    from infra.distributed import run
+    from infra.distributed import run_main
 
-    run(main)
+    run_main(main)

@@ -45,7 +45,7 @@ from evaluation.results import (
     read_summary,
 )
 from evaluation.scores import BENCHMARKS, mean_relative_accuracy, score_benchmark
-from infra.distributed import World, log, main_does, on_main, process_group, run
+from infra.distributed import World, log, main_does, on_main, process_group, run_main
 from infra.errors import require
 from infra.flags import flag, parse_config
 from infra.video import DecoderPool
@@ -361,4 +361,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -43,6 +43,7 @@ from transformers.masking_utils import sdpa_mask
 
 from infra.distributed import World
 from infra.errors import UnusableSample, UserError
+from infra.flags import neutral_flags
 
 # Logits of so many (token, vocabulary) pairs exist at a time: 128 MiB in float32 keep a GPU busy,
 # 4 MiB stay in a CPU's cache. A product with fewer columns than MIN_BLOCK would be slow.
@@ -494,7 +495,7 @@ def end_tokens(model) -> list[int]:
 def shard(
     model: nn.Module,
     world: World,
-    forward_methods: tuple[str, ...] = (),
+    forward_methods: tuple[str, ...] = ("packed_prefill", "packed_logprobs"),
     trainable: bool = True,
     freeze_vision: bool = False,
 ) -> None:
@@ -720,11 +721,12 @@ def model_card(config, stage: str, num_steps: int, history: list[dict]) -> str:
     Args:
         config: the run's TrainConfig. history: metrics of its steps.
     """
-    paths = ("model", "data", "data_root", "output_dir", "val_data", "prompt_template")
-    flags = {name: value for name, value in vars(config).items() if name not in paths}
-    last = {name: value for name, value in (history or [{}])[-1].items() if value is not None}
-    rows = [f"| `{name}` | {value} |" for name, value in flags.items()]
-    metrics = [f"| `{name}` | {value:.4g} |" for name, value in last.items()]
+    elsewhere = neutral_flags(config) | {"model", "data", "data_root", "prompts_per_step"}
+    rows = [f"| `{name}` | {value} |" for name, value in vars(config).items()
+            if name not in elsewhere]  # fmt: skip
+    last = history[-1] if history else {}  # only rank 0 has one, and writes the card
+    metrics = [f"| `{name}` | {value:.4g} |" for name, value in last.items()
+               if value is not None and not name.startswith("seconds")]  # fmt: skip
     return "\n".join([
         "---", "library_name: transformers", "pipeline_tag: video-text-to-text", "---", "",
         f"# Qwen2.5-VL after {stage}", "",
@@ -741,3 +743,12 @@ def model_card(config, stage: str, num_steps: int, history: list[dict]) -> str:
         "## Flags", "", "| flag | value |", "|---|---|", *rows, "",
         "## Metrics of the last step", "", "| metric | value |", "|---|---|", *metrics, "",
     ])  # fmt: skip
+
+
+def export_model(model, source: str, folder: Path, world: World, card: str = "") -> None:
+    """TEMPORARY."""
+    from infra.checkpoint import export_model as export
+
+    export(model, source, folder, world)
+    if world.is_main and card:
+        (folder / "README.md").write_text(card, encoding="utf-8")

@@ -41,7 +41,7 @@ from infra.distributed import (
     name_missing_ranks,
     on_main,
     process_group,
-    run_script,
+    run_main,
     sum_over_ranks,
     unsharded,
 )
@@ -144,9 +144,9 @@ def train(config: RLConfig, world: World) -> bool:
                 updated = update_policy(policy, optimizer, batches, logps_ref, config, world, rate)
             run.validate(validation, policy, step + 1)
             record_step(step, groups, updated, rate, loader.sync(), run)
-    if run.is_complete:
-        card = model_card(config, "T-GRPO (stage 2)", num_steps, run.history)
-        run.finish(lambda folder: export_model(policy, config.model, folder, world, card))
+        if run.is_complete:
+            card = model_card(config, "T-GRPO (stage 2)", num_steps, run.history)
+            run.finish(lambda folder: export_model(policy, config.model, folder, world, card))
     return run.is_complete
 
 
@@ -503,4 +503,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_main(main)

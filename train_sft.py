@@ -34,7 +34,7 @@ from infra.distributed import (
     name_missing_ranks,
     on_main,
     process_group,
-    run_script,
+    run_main,
     sum_over_ranks,
 )
 from infra.flags import parse_config
@@ -125,9 +125,9 @@ def train(config: SFTConfig, world: World) -> bool:
                 "tokens": int(num_tokens), "skipped": len(skipped),
             }  # fmt: skip
             run.log(metrics, num_tokens)
-    if run.is_complete:
-        card = model_card(config, "supervised cold start (stage 1)", num_steps, run.history)
-        run.finish(lambda folder: export_model(model, config.model, folder, world, card))
+        if run.is_complete:
+            card = model_card(config, "supervised cold start (stage 1)", num_steps, run.history)
+            run.finish(lambda folder: export_model(model, config.model, folder, world, card))
     return run.is_complete
 
 
@@ -170,4 +170,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_main(main)

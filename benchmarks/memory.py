@@ -46,7 +46,7 @@ import toy
 from benchmarks import rl_step
 from benchmarks.counting import cache_bytes_per_token
 from benchmarks.measure import keep_no_freed_memory, release_memory, used_bytes
-from infra.distributed import World, log, process_group, run
+from infra.distributed import World, log, process_group, run_main
 from infra.errors import require
 from infra.flags import FlagParser, flag
 from model import LOGITS_PER_BLOCK, MIN_BLOCK, resolve_folder
@@ -559,4 +559,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -41,7 +41,7 @@ from benchmarks.measure import (
 )
 from benchmarks.plain_recipe import copies_logprobs, plain_step
 from data import Media, Prompt, Sample, decode
-from infra.distributed import World, log, process_group, run, unsharded
+from infra.distributed import World, log, process_group, run_main, unsharded
 from infra.errors import require
 from infra.flags import FlagParser, flag
 from infra.optim import make_optimizer
@@ -528,4 +528,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

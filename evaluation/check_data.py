@@ -27,7 +27,7 @@ from transformers import AutoConfig
 import data
 from config import MediaConfig
 from data import Sample, require_solution
-from infra.distributed import run
+from infra.distributed import run_main
 from infra.errors import MediaError, UserError, require
 from infra.flags import FlagParser, flag
 from infra.video import FACTOR, MAX_ASPECT, DecoderPool, check_file, smart_resize
@@ -406,4 +406,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

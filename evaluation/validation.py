@@ -21,11 +21,12 @@ class Validation:
     """
 
     def __init__(
-        self, config: TrainConfig, world: World, pool: DecoderPool, tokenizer, prompt_options: dict
+        self, config: TrainConfig, world: World, pool: DecoderPool, tokenizer, prompt_options: dict,
+        samples: list[Sample],
     ):
         self.config, self.world, self.pool, self.tokenizer = config, world, pool, tokenizer
         self.prompt_options = prompt_options
-        self.samples = load_validation(config)
+        self.samples = samples
 
     def is_due(self, step: int, total_steps: int) -> bool:
         """Whether to validate after so many steps: every --val_every, at the start, at the end."""

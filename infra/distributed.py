@@ -93,7 +93,7 @@ def process_group(
     monitor = dist.new_group(backend="gloo", timeout=limit)
     yield World(rank, size, device, dtype, mesh, monitor, limit / 2)
     # Not after an error: a rank that leaves breaks the others' collectives, and their complaint
-    # about that would be the last word (see run).
+    # about that would be the last word (see run_main).
     dist.destroy_process_group()
 
 
@@ -223,7 +223,7 @@ def name_missing_ranks(world: World) -> None:
     """Wait for every rank, before collectives whose own timeout names nobody.
 
     Rank 0 waits half of process_group's timeout and then ends the job with a line that names the
-    ranks that did not come (see run).
+    ranks that did not come (see run_main).
     """
     if world.size > 1:
         dist.monitored_barrier(world.monitor, world.patience, wait_all_ranks=True)
@@ -253,7 +253,8 @@ class StopRequest:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if not error[0]:  # else torchrun, ending the others, would cut short what run has to say
+        # After an error torchrun, ending the others, would cut short what run_main has to say.
+        if not error[0]:
             for number, handler in self.before.items():
                 signal.signal(number, handler)
 
@@ -278,7 +279,7 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
 
 
-def run(main: Callable[[], None]) -> None:
+def run_main(main: Callable[[], None]) -> None:
     """Run a script's main, and end it with one line where no traceback would help.
 
     UserError: exit code 2. Ctrl-C: 130. A collective that broke, since another rank died, or timed

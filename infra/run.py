@@ -369,9 +369,14 @@ class Run:
         saved = {
             "step": step, "total_steps": self.total_steps, "progress": dataclasses.asdict(progress),
             "log_bytes": lengths, "num_bad_steps": self.num_bad_steps,
-            "bad_in_a_row": self.bad_in_a_row, "metrics": self.history[-1] if self.history else {},
+            "bad_in_a_row": self.bad_in_a_row, "value": self._last_value(self.config.keep_best),
         }  # fmt: skip
         self.checkpoints.save(saved, self.model, self.optimizer, before_visible=self._sync_logs)
+
+    def _last_value(self, key: str) -> float | None:
+        """The newest value of a metric: those of a validation are not in every step."""
+        values = (metrics.get(key) for metrics in reversed(self.history))
+        return next((value for value in values if value is not None), None)
 
     def _sync_logs(self) -> None:
         for file in list(self._files.values()):
@@ -450,9 +455,9 @@ class Run:
             self.records("bad_steps.jsonl", [record])
 
     def validate(self, validation, model: nn.Module, step: int) -> None:
-        """Validate after so many steps, where that is due: a line of validation.jsonl, and val_..
-        keys in the metrics of the step."""
-        if not validation.is_due(step, self.total_steps):
+        """Validate after so many steps (0: before the first of a new run), where that is due: a
+        line of validation.jsonl, and val_.. keys in the metrics of the step."""
+        if not validation.is_due(step, self.total_steps) or (step == 0 and self.start):
             return
         begun = time.perf_counter()
         found = validation(model)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 import eval as evaluation
 import train_rl
 import train_sft
-from infra.distributed import run
+from infra.distributed import run_main
 from infra.flags import parse_config
 
 ROOT = Path(__file__).parent.parent
@@ -376,7 +376,7 @@ def refused(module, argv: list[str], words: list[str], capsys, monkeypatch) -> N
     """Run a script as `python` would; it must end in one error line and leave nothing behind."""
     monkeypatch.setattr(sys, "argv", ["script.py", *argv])
     with pytest.raises(SystemExit) as stopped:
-        run(module.main)
+        run_main(module.main)
     assert stopped.value.code == 2
     output = capsys.readouterr().err
     lines = [line for line in output.split("\n") if line.startswith("error: ")]
@@ -497,7 +497,7 @@ def test_an_error_in_the_first_step_has_a_line_of_its_own_and_can_be_mended(
     monkeypatch.setattr(sys, "argv", ["train_sft.py", *command_line(folder, flags)])
     for _ in range(2):  # the second time the output folder is there already
         with pytest.raises(SystemExit):
-            run(train_sft.main)
+            run_main(train_sft.main)
         dist.destroy_process_group()
         lines = capfd.readouterr().err.split("\n")
         errors = [line for line in lines if "error: " in line]

@@ -19,7 +19,7 @@ import toy
 import train_rl
 from evaluation import check_data
 from infra import video as media
-from infra.distributed import run
+from infra.distributed import run_main
 
 ROOT = Path(__file__).parent.parent.parent
 ROW = {
@@ -83,7 +83,7 @@ def check(capsys, *argv):
     """(exit code, printed report, error lines) of `python data.py *argv`, in this process."""
     code = 0
     try:
-        run(lambda: check_data.main([str(word) for word in argv]))
+        run_main(lambda: check_data.main([str(word) for word in argv]))
     except SystemExit as stopped:
         code = stopped.code
     printed = capsys.readouterr()
