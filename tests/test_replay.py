@@ -25,6 +25,7 @@ TOY = {
     "model": str(toy.BASE), "data": str(toy.RL_DATA), "max_steps": 300, "learning_rate": 4e-4,
     "warmup_steps": 20, "max_frames": 8, "max_new_tokens": 40, "l_min": 12, "l_max": 24,
     "num_workers": 1, "activation_checkpointing": False, "prompts_per_rank": 16,
+    "prompts_per_step": 16,
 }  # fmt: skip
 # Replayed rollouts say that the sampler's log-probabilities were 0, so that logp_gap is the mean
 # absolute log-probability of the recorded tokens under the policy.
