@@ -1,4 +1,8 @@
-"""Fixtures: the toy's model folder and data, written once per test session into a temp folder."""
+"""Fixtures: the toy's model folder and data, written once per test session into a temp folder.
+
+The tests run on the CPU, where their tolerances hold, also on a machine with a GPU: only `-m gpu`
+lets them see it.
+"""
 
 import os
 import subprocess
@@ -8,6 +12,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+
+
+def pytest_configure(config):
+    if config.getoption("markexpr") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before any test imports torch
 
 
 @pytest.fixture(scope="session")
