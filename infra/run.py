@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from config import TrainConfig
 from evaluation.results import claim
-from infra.checkpoint import Checkpoints, export_model
+from infra.checkpoint import Checkpoints
 from infra.distributed import (
     StopRequest,
     World,
@@ -39,6 +39,7 @@ from infra.distributed import (
 )
 from infra.errors import UserError, require
 from infra.loader import Loader, Progress
+from model import export_model
 
 LOGS = (
     "metrics.jsonl", "rollouts.jsonl", "skipped.jsonl", "bad_steps.jsonl", "validation.jsonl",
