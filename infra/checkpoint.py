@@ -45,14 +45,9 @@ LOWER_IS_BETTER = ("loss", "kl", "grad_norm", "logp_gap", "clipped_length", "zer
 def training_state(model: nn.Module, optimizer: torch.optim.AdamW) -> dict:
     """Every tensor that training changes, by parameter name: what is saved, and loaded into."""
     parameters = dict(model.named_parameters())
-    return {
-        "model": {name: parameter.detach() for name, parameter in parameters.items()},
-        "optimizer": {
-            name: optimizer.state[parameter]
-            for name, parameter in parameters.items()
-            if parameter in optimizer.state
-        },
-    }
+    weights = {name: parameter.detach() for name, parameter in parameters.items()}
+    states = {name: optimizer.state.get(parameter) for name, parameter in parameters.items()}
+    return {"model": weights, "optimizer": {name: found for name, found in states.items() if found}}
 
 
 class Stager(BlockingAsyncStager):
@@ -101,14 +96,13 @@ class Checkpoints:
         "value" is None if it is that of another metric than keep_best.
         """
         for path in self.paths():
-            reasons: list = [None] * self.world.size
-            mine = check_files(path, self.world.rank, self.world.size)
-            dist.all_gather_object(reasons, mine)
-            reasons = [reason for reason in reasons if reason]
-            if not reasons:
+            reasons = [""] * self.world.size
+            dist.all_gather_object(reasons, check_files(path, self.world.rank, self.world.size))
+            reason = next(filter(None, reasons), "")
+            if not reason:
                 run = json.loads((path / "run.json").read_text())
                 return path, run | {"value": self._value(path)}
-            log(f"checkpoint {path} is corrupt and skipped: {reasons[0]}")
+            log(f"checkpoint {path} is corrupt and skipped: {reason}")
             self.corrupt.add(path)
         return None
 
@@ -217,8 +211,7 @@ class Checkpoints:
         """Delete what need not be kept, corrupt ones too: the logs were cut back to before them."""
         paths = [path for path in self.paths() if path not in self.corrupt]
         keep = set(paths[: self.keep_last] if self.keep_last else paths)
-        values = {path: self._value(path) for path in paths}
-        values = {path: value for path, value in values.items() if value is not None}
+        values = {path: value for path in paths if (value := self._value(path)) is not None}
         if values:
             better = min if self.keep_best.removeprefix("val_") in LOWER_IS_BETTER else max
             keep.add(better(values, key=values.get))
@@ -285,12 +278,11 @@ def check_files(folder: Path, rank: int = 0, world_size: int = 1) -> str:
         manifest = json.loads((folder / "manifest.json").read_text())
         for name in sorted(manifest)[rank::world_size]:
             found = fingerprint(folder / name)
-            for key in ("bytes", "crc32"):
-                if found[key] != manifest[name][key]:
-                    return f"{name} has {key} {found[key]}, the manifest says {manifest[name][key]}"
+            if found != manifest[name]:
+                return f"{name} has {found}, the manifest says {manifest[name]}"
     except OSError as error:
         return f"{error.filename}: {error.strerror}"
-    except (ValueError, TypeError, KeyError) as error:  # the manifest itself is damaged
+    except (ValueError, TypeError) as error:  # the manifest itself is damaged
         return f"manifest.json: {error}"
     return ""
 

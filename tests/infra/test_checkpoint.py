@@ -110,13 +110,13 @@ def flip(folder):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    return "__0_0.distcp has crc32"
+    return "__0_0.distcp has {'bytes': "
 
 
 def truncate(folder):
     file = folder / "__0_0.distcp"
     file.write_bytes(file.read_bytes()[:1000])
-    return "__0_0.distcp has bytes 1000"
+    return "__0_0.distcp has {'bytes': 1000, "
 
 
 def lose_shard(folder):
@@ -142,13 +142,13 @@ def lose_run(folder):
 
 def tear_run(folder):
     (folder / "run.json").write_text('{"step": 4, "val')
-    return "run.json has bytes"
+    return "run.json has {'bytes': 16, "
 
 
 def change_run(folder):
     file = folder / "run.json"
     file.write_text(file.read_text().replace('"step": 4', '"step": 5'))
-    return "run.json has crc32"
+    return "run.json has {'bytes': "
 
 
 DAMAGES = (flip, truncate, lose_shard, lose_manifest, tear_manifest, lose_run, tear_run, change_run)
