@@ -41,6 +41,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from infra.checkpoint import export_weights
 from infra.distributed import World
 from infra.errors import UnusableSample, UserError
 from infra.flags import neutral_flags
@@ -745,10 +746,33 @@ def model_card(config, stage: str, num_steps: int, history: list[dict]) -> str:
     ])  # fmt: skip
 
 
-def export_model(model, source: str, folder: Path, world: World, card: str = "") -> None:
-    """TEMPORARY."""
-    from infra.checkpoint import export_model as export
+def export_model(
+    model: nn.Module, source: str, folder: Path, world: World, card: str = ""
+) -> None:  # fmt: skip
+    """Write the trained model with the names, dtypes, config and tokenizer that `source` has.
 
-    export(model, source, folder, world)
-    if world.is_main and card:
-        (folder / "README.md").write_text(card, encoding="utf-8")
+    What transformers 5 would write itself (rope_parameters in config.json) does not open in
+    transformers 4.
+
+    Args:
+        card: the text of its README.md; "": none.
+    Raises:
+        UserError: it cannot be written.
+    """
+    source_folder = resolve_folder(source)
+    files = weight_files(source_folder)
+    weights, dtypes = {}, {}
+    for name, parameter in model.named_parameters():
+        stored = hub_name(name) if hub_name(name) in files else name
+        with open_weights(files[stored]) as file:
+            dtypes[hub_name(name)] = file.get_slice(stored)[:0].dtype  # its rows are not read
+        weights[hub_name(name)] = parameter
+    side_files = {
+        file.name: file.read_bytes()
+        for pattern in ("*.json", "*.jinja", "merges.txt", "vocab.txt")
+        for file in source_folder.glob(pattern)
+        if file.name != "model.safetensors.index.json"
+    }
+    if card:
+        side_files["README.md"] = card.encode()
+    export_weights(weights, dtypes, folder, world, side_files)

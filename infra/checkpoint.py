@@ -1,22 +1,21 @@
-"""What a run keeps: checkpoints to go on from, and the trained model as a folder.
+"""What a run keeps: checkpoints to resume from, and the trained weights as a folder.
 
     checkpoints/step_000100/
         __0_0.distcp, ..   weights and optimizer, a file per rank (torch.distributed.checkpoint)
         .metadata          which tensor lies where in them
         run.json           step, what the loader has taken, lengths of the logs, settings
-        manifest.json      size and checksum of every file above
+        manifest.json      size and CRC-32 of every file above
 
-Nothing else needs to be kept: the learning rate follows from the step, and every random number from
-(seed, step, sample, ..), never from a generator that runs on.
+Nothing else needs to be kept: the learning rate follows from the step, and every random number is
+drawn from a key (seed, step, sample, ..), never from a generator with a state of its own.
 
-A checkpoint is written under a hidden name, synced, and renamed when it is whole, so that a kill or
-a full disk at any moment leaves only whole ones to be seen. The model's folder has the names, files
-and config of the folder that training started from: what transformers 5 would write itself
-(rope_parameters in config.json) does not open in transformers 4.
+A checkpoint is written under a hidden name, synced, and renamed when it is complete, so that a kill
+or a full disk at any moment leaves only complete ones visible.
 """
 
 import json
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Callable
@@ -26,20 +25,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.tensor import DTensor
 
 from infra.distributed import World, log, main_does
-from infra.errors import UserError
-from model import hub_name, resolve_folder, weight_files
+from infra.errors import UserError, require
 
-SHARD_BYTES = 4 * 2**30
-# What makes a model folder besides its weights.
-SIDE_FILES = ("*.json", "*.jinja", "merges.txt", "vocab.txt")
+FILE_BYTES = 4 * 2**30  # of exported weights in one file, at most
 LOWER_IS_BETTER = ("loss", "kl", "grad_norm", "logp_gap", "clipped_length", "zero_std", "skipped")
 
 
@@ -49,14 +45,9 @@ LOWER_IS_BETTER = ("loss", "kl", "grad_norm", "logp_gap", "clipped_length", "zer
 def training_state(model: nn.Module, optimizer: torch.optim.AdamW) -> dict:
     """Every tensor that training changes, by parameter name: what is saved, and loaded into."""
     parameters = dict(model.named_parameters())
-    return {
-        "model": {name: parameter.detach() for name, parameter in parameters.items()},
-        "optimizer": {
-            name: optimizer.state[parameter]
-            for name, parameter in parameters.items()
-            if parameter in optimizer.state
-        },
-    }
+    weights = {name: parameter.detach() for name, parameter in parameters.items()}
+    states = {name: optimizer.state.get(parameter) for name, parameter in parameters.items()}
+    return {"model": weights, "optimizer": {name: found for name, found in states.items() if found}}
 
 
 class Stager(BlockingAsyncStager):
@@ -70,7 +61,9 @@ class Stager(BlockingAsyncStager):
 
 
 class Checkpoints:
-    """A run's checkpoints/: saves in the background, finds the newest that is whole, deletes.
+    """A run's checkpoints/: saves in the background, finds the newest sound one, prunes.
+
+    Only folders named step_ and digits are touched.
 
     Args:
         keep_last: so many of the newest are kept; 0: all.
@@ -89,27 +82,69 @@ class Checkpoints:
         self.finisher = ThreadPoolExecutor(1, "checkpoint")
         self.pending: Future | None = None
         self.pending_step = 0
-        self.saved_step = 0  # of the last one that save was called for
+        self.corrupt: set[Path] = set()  # that find has skipped
 
     def paths(self) -> list[Path]:
         """The visible checkpoints, the newest first."""
-        return sorted(self.folder.glob("step_*"), reverse=True)
+        found = [path for path in self.folder.glob("step_*") if _is_ours(path)]
+        return sorted(found, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
+
+    def find(self) -> tuple[Path, dict] | None:
+        """The newest sound checkpoint and its run.json; corrupt ones are reported and skipped.
+
+        Every rank reads its share of the files, so that a checksum of 100 GB takes seconds. The
+        "value" is None if it is that of another metric than keep_best.
+        """
+        for path in self.paths():
+            reasons = [""] * self.world.size
+            dist.all_gather_object(reasons, check_files(path, self.world.rank, self.world.size))
+            reason = next(filter(None, reasons), "")
+            if not reason:
+                run = json.loads((path / "run.json").read_text())
+                return path, run | {"value": self._value(path)}
+            log(f"checkpoint {path} is corrupt and skipped: {reason}")
+            self.corrupt.add(path)
+        return None
+
+    def load(self, path: Path, model: nn.Module, optimizer: torch.optim.AdamW) -> None:
+        """Read weights and optimizer state in place, whatever the number of ranks that wrote them.
+
+        Parameters that were frozen then have no optimizer state: theirs stays as it is, zero.
+
+        Raises:
+            UserError: a weight is missing, or has another shape.
+        """
+        reader = FileSystemReader(path)
+        saved = reader.read_metadata().state_dict_metadata
+        state = training_state(model, optimizer)
+        for name, weight in state["model"].items():
+            found = saved.get(f"model.{name}")
+            require(
+                found and found.size == weight.shape,
+                f"checkpoint {path} has no weight {name} of shape {tuple(weight.shape)}",
+            )
+        fresh = [name for name in state["optimizer"] if f"optimizer.{name}.step" not in saved]
+        for name in fresh:
+            del state["optimizer"][name]
+        if fresh:
+            log(f"{path} has no optimizer state of {len(fresh)} parameters, {fresh[0]} the first: "
+                "they start from zero")  # fmt: skip
+        dcp.load(state, storage_reader=reader, process_group=self.group)
 
     def save(
         self, run: dict, model: nn.Module, optimizer: torch.optim.AdamW,
         before_visible: Callable[[], None],
     ) -> None:  # fmt: skip
-        """Copy the state, and write it while the training goes on.
+        """Copy the state, and write it while training continues.
 
         Args:
-            run: what run.json shall hold: "step", and for --keep_best "value".
+            run: what run.json shall hold: "step", and for keep_best "value", a number or None.
             before_visible: rank 0 calls it before the checkpoint appears (it syncs the logs).
         Raises:
             UserError: the save before this one has failed.
         """
         self.wait()
-        step = run["step"]
-        hidden = self.folder / f".step_{step:06d}"
+        hidden = self.folder / f".step_{run['step']:06d}"
 
         def prepare() -> None:
             shutil.rmtree(hidden, ignore_errors=True)  # of a run that was killed
@@ -121,34 +156,36 @@ class Checkpoints:
         main_does(self.world, prepare)
         written = dcp.async_save(
             training_state(model, optimizer),
-            storage_writer=FileSystemWriter(hidden),
+            # Nothing is copied ahead: on GPUs the thread that does would open a context on the
+            # first GPU from every rank.
+            storage_writer=FileSystemWriter(hidden, per_thread_copy_ahead=0),
             process_group=self.group,
             async_stager=self.stager,
         )
-        self.pending, self.pending_step = written, step
+        self.pending, self.pending_step = written, run["step"]
         if self.world.is_main:
-            self.pending = self.finisher.submit(self._finish, written, run, before_visible)
-        self.saved_step = step
+            run = run | {"metric": self.keep_best}
+            self.pending = self.finisher.submit(self._finish, written, hidden, run, before_visible)
 
-    def _finish(self, written: Future, run: dict, before_visible: Callable[[], None]) -> None:
+    def _finish(self, written: Future, hidden: Path, run: dict, before_visible: Callable) -> None:
         """Rank 0, in the background: make visible what all ranks have written."""
-        name = f"step_{run['step']:06d}"
-        hidden = self.folder / f".{name}"
+        path = hidden.with_name(hidden.name.removeprefix("."))
         try:
             written.result()
             before_visible()
-            write_synced(hidden / "run.json", json.dumps(run, indent=2))
-            files = sorted(file.name for file in hidden.iterdir())
-            manifest = {file: fingerprint(hidden / file) for file in files}
-            write_synced(hidden / "manifest.json", json.dumps(manifest, indent=2))
-            sync_folder(hidden)
-            if (self.folder / name).exists():  # broken, or of a run that was taken back to before
-                self._delete(self.folder / name)
-            os.replace(hidden, self.folder / name)
-            sync_folder(self.folder)
+            (hidden / "run.json").write_text(json.dumps(run, indent=2) + "\n")
+            manifest = {file.name: fingerprint(file) for file in sorted(hidden.iterdir())}
+            (hidden / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+            for place in (hidden / "run.json", hidden / "manifest.json", hidden):
+                sync(place)
+            if path.exists():  # corrupt
+                _delete(path)
+            os.replace(hidden, path)
+            sync(self.folder)
+            self.corrupt.discard(path)
             self._prune()
         except (OSError, CheckpointException):
-            shutil.rmtree(hidden, ignore_errors=True)  # gives a full disk its room back
+            shutil.rmtree(hidden, ignore_errors=True)  # frees the space on a full disk
             raise
 
     def check(self) -> None:
@@ -157,7 +194,7 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Wait until the last save is whole. Raises UserError if it has failed."""
+        """Wait until the last save is complete. Raises UserError if it has failed."""
         pending, self.pending = self.pending, None
         if pending is None:
             return
@@ -171,48 +208,42 @@ class Checkpoints:
             ) from None
 
     def _prune(self) -> None:
-        paths = self.paths()
+        """Delete what need not be kept, corrupt ones too: the logs were cut back to before them."""
+        paths = [path for path in self.paths() if path not in self.corrupt]
         keep = set(paths[: self.keep_last] if self.keep_last else paths)
-        values = {path: json.loads((path / "run.json").read_text())["value"] for path in paths}
-        values = {path: value for path, value in values.items() if value is not None}
-        if self.keep_best and values:
+        values = {path: value for path in paths if (value := self._value(path)) is not None}
+        if values:
             better = min if self.keep_best.removeprefix("val_") in LOWER_IS_BETTER else max
             keep.add(better(values, key=values.get))
-        for path in set(paths) - keep:
-            self._delete(path)
+        for path in set(self.paths()) - keep:
+            _delete(path)
 
-    def _delete(self, path: Path) -> None:
-        """Out of sight first: half a checkpoint is never seen."""
-        hidden = path.with_name(f".deleted-{path.name}")
-        shutil.rmtree(hidden, ignore_errors=True)
-        os.replace(path, hidden)
-        shutil.rmtree(hidden)
-
-    def find(self) -> tuple[Path, dict] | None:
-        """The newest whole checkpoint and its run.json; broken ones are named and passed over.
-
-        Every rank reads its share of the files, so that a checksum of 100 GB takes seconds.
-        """
-        for path in self.paths():
-            reasons: list = [None] * self.world.size
-            mine = check_files(path, self.world.rank, self.world.size)
-            dist.all_gather_object(reasons, mine)
-            reasons = [reason for reason in reasons if reason]
-            if not reasons:
-                return path, json.loads((path / "run.json").read_text())
-            log(f"checkpoint {path} is passed over: {reasons[0]}")
-        return None
-
-    def load(self, path: Path, model: nn.Module, optimizer: torch.optim.AdamW) -> None:
-        """Read weights and optimizer state in place, whatever the number of ranks that wrote it."""
-        reader = FileSystemReader(path)
-        dcp.load(training_state(model, optimizer), storage_reader=reader, process_group=self.group)
-        self.saved_step = int(path.name.removeprefix("step_"))
+    def _value(self, path: Path) -> float | None:
+        """A checkpoint's value of the metric keep_best, if it has one that can be read."""
+        try:
+            run = json.loads((path / "run.json").read_text())
+            return run["value"] if self.keep_best and run["metric"] == self.keep_best else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def clean(self) -> None:
         """Rank 0: remove what killed runs left half written or half deleted."""
         for path in self.folder.glob(".*step_*"):
-            shutil.rmtree(path)
+            if _is_ours(path):
+                shutil.rmtree(path)
+
+
+def _is_ours(path: Path) -> bool:
+    name = re.fullmatch(r"(\.|\.deleted-)?step_[0-9]+", path.name)
+    return bool(name) and path.is_dir() and not path.is_symlink()
+
+
+def _delete(path: Path) -> None:
+    """Out of sight first: half a checkpoint is never seen."""
+    hidden = path.with_name(f".deleted-{path.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.replace(path, hidden)
+    shutil.rmtree(hidden)
 
 
 def _reason(error: Exception) -> str:
@@ -242,64 +273,76 @@ def fingerprint(file: Path) -> dict[str, int]:
 
 
 def check_files(folder: Path, rank: int = 0, world_size: int = 1) -> str:
-    """Why a checkpoint is not whole, "" if it is; a rank looks at its share of the files."""
+    """Why a checkpoint is corrupt, "" if it is sound; a rank looks at its share of the files."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         for name in sorted(manifest)[rank::world_size]:
             found = fingerprint(folder / name)
-            for key in ("bytes", "crc32"):
-                if found[key] != manifest[name][key]:
-                    return f"{name} has {key} {found[key]}, the manifest says {manifest[name][key]}"
+            if found != manifest[name]:
+                return f"{name} has {found}, the manifest says {manifest[name]}"
     except OSError as error:
         return f"{error.filename}: {error.strerror}"
-    except (ValueError, TypeError, KeyError) as error:  # the manifest itself is damaged
+    except (ValueError, TypeError) as error:  # the manifest itself is damaged
         return f"manifest.json: {error}"
     return ""
 
 
-def write_synced(file: Path, text: str) -> None:
-    """Write a file and wait until the disk has it."""
-    with file.open("w", encoding="utf-8") as stream:
-        stream.write(text + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the disk has the names of a folder."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Wait until the disk has a file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-# ----------------------------------------------------------------------------------- the model
+# --------------------------------------------------------------------------------------- weights
 
 
-def export_model(model: nn.Module, source: str, folder: Path, world: World) -> None:
-    """Write `folder`: the weights in the types that the source has on disk, and its other files.
+def export_weights(
+    weights: dict[str, Tensor], dtypes: dict[str, torch.dtype], folder: Path, world: World,
+    side_files: dict[str, bytes],
+) -> None:  # fmt: skip
+    """Write a model folder: safetensors of at most FILE_BYTES, their index, and `side_files`.
 
-    Sharded weights are gathered one at a time; rank 0 writes. The folder appears when it is whole,
-    in the place of what a shorter run left there.
+    Sharded weights are gathered one at a time; rank 0 writes. The folder appears when it is
+    complete, in the place of an older one.
 
+    Args:
+        weights: parameters by the name that they are stored under, in one order on all ranks.
+        dtypes: of each on disk. side_files: contents by name.
     Raises:
         UserError: it cannot be written.
     """
-    source_folder = resolve_folder(source)
-    stored = weight_files(source_folder)
+    sizes = {name: weight.numel() * dtypes[name].itemsize for name, weight in weights.items()}
+    parts = split_by_size(sizes)
     unfinished = folder.with_name(f".{folder.name}-unfinished")
+    weight_map: dict[str, str] = {}
     try:
-        writer = _ShardWriter(unfinished, stored) if world.is_main else None
-        for name, parameter in model.named_parameters():
-            whole = parameter.detach()
-            if isinstance(whole, DTensor):
-                whole = whole.full_tensor()  # all ranks take part
-            if writer:
-                writer.add(name, whole)
-        if writer:
-            writer.finish()
-            _copy_side_files(source_folder, unfinished)
+        if world.is_main:
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+            unfinished.mkdir(parents=True)
+        for number, names in enumerate(parts, start=1):
+            tensors = {}
+            for name in names:
+                whole = weights[name].detach()
+                if isinstance(whole, DTensor):
+                    whole = whole.full_tensor()  # all ranks take part
+                if world.is_main:
+                    tensors[name] = whole.to("cpu", dtypes[name]).contiguous()
+            if world.is_main:
+                file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+                file = file if len(parts) > 1 else "model.safetensors"
+                save_file(tensors, unfinished / file, metadata={"format": "pt"})
+                (unfinished / file).chmod(0o644)  # it comes as 0600
+                weight_map |= dict.fromkeys(names, file)
+        if world.is_main:
+            if len(parts) > 1:
+                index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+                text = json.dumps(index, indent=2, sort_keys=True)
+                side_files = side_files | {"model.safetensors.index.json": text.encode()}
+            for name, content in side_files.items():
+                (unfinished / name).write_bytes(content)
             _put_in_place(unfinished, folder)
     except (OSError, SafetensorError) as error:
         raise UserError(
@@ -307,6 +350,18 @@ def export_model(model: nn.Module, source: str, folder: Path, world: World) -> N
             f"left: {_reason(error)}"
         ) from None
     dist.barrier()
+
+
+def split_by_size(sizes: dict[str, int]) -> list[list[str]]:
+    """Names in their order, in parts of at most FILE_BYTES together; a larger one alone."""
+    parts, used = [], 0
+    for name, size in sizes.items():
+        if not parts or used + size > FILE_BYTES:
+            parts.append([])
+            used = 0
+        parts[-1].append(name)
+        used += size
+    return parts
 
 
 def _put_in_place(new: Path, folder: Path) -> None:
@@ -317,56 +372,3 @@ def _put_in_place(new: Path, folder: Path) -> None:
         os.replace(folder, old)
     os.replace(new, folder)
     shutil.rmtree(old, ignore_errors=True)
-
-
-class _ShardWriter:
-    """Collects tensors and writes them out in files of up to SHARD_BYTES, with an index."""
-
-    def __init__(self, folder: Path, stored: dict[str, Path]):
-        shutil.rmtree(folder, ignore_errors=True)  # left over from a run that was killed
-        folder.mkdir(parents=True)
-        self.folder, self.stored = folder, stored
-        self.shards: list[list[str]] = []
-        self.pending: dict[str, torch.Tensor] = {}
-        self.pending_bytes = self.total_bytes = 0
-
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        stored_name = hub_name(name) if hub_name(name) in self.stored else name
-        with safe_open(self.stored[stored_name], framework="pt") as file:
-            dtype = file.get_slice(stored_name)[:0].dtype  # its rows are not read
-        size = tensor.numel() * dtype.itemsize
-        if self.pending and self.pending_bytes + size > SHARD_BYTES:
-            self.flush()
-        self.pending[hub_name(name)] = tensor.to("cpu", dtype).contiguous().clone()
-        self.pending_bytes += size
-        self.total_bytes += size
-
-    def flush(self) -> None:
-        file = self.folder / f"shard-{len(self.shards)}.safetensors"
-        save_file(self.pending, file, metadata={"format": "pt"})
-        file.chmod(0o644)
-        self.shards.append(list(self.pending))
-        self.pending, self.pending_bytes = {}, 0
-
-    def finish(self) -> None:
-        """Give the shards the Hub's names; one alone needs no index."""
-        self.flush()
-        count = len(self.shards)
-        weight_map = {}
-        for number, names in enumerate(self.shards):
-            final = "model.safetensors"
-            if count > 1:
-                final = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-            os.replace(self.folder / f"shard-{number}.safetensors", self.folder / final)
-            weight_map |= dict.fromkeys(names, final)
-        if count > 1:
-            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-            text = json.dumps(index, indent=2, sort_keys=True)
-            (self.folder / "model.safetensors.index.json").write_text(text + "\n")
-
-
-def _copy_side_files(source: Path, folder: Path) -> None:
-    for pattern in SIDE_FILES:
-        for file in source.glob(pattern):
-            if file.name != "model.safetensors.index.json":
-                shutil.copyfile(file, folder / file.name)

@@ -1,11 +1,11 @@
-"""Kill trainings at random instants, resume each, and compare with the run that nobody killed.
+"""Kill training runs at random instants, resume each, and compare with the undisturbed run.
 
     python tests/kills.py --number 50
 
-Half of the trainings are SFT, half RL, each on two processes. The victim is one rank, the launcher
-or, at the moment when a checkpoint is being written, either. A run counts as equal if its weights,
-its metrics but for the timings, and its rollouts are those of the undisturbed run, byte for byte.
-test_resume.py does a few of these in every run of the tests.
+Half of the runs are SFT, half RL, each on two processes. The victim is one rank, the launcher or,
+while a checkpoint is being written, either. A run counts as equal if its weights, its metrics
+without the timings, and its rollouts are those of the undisturbed run, byte for byte.
+infra/test_distributed.py does four of these.
 """
 
 import argparse
@@ -32,18 +32,20 @@ FLAGS = {
 }  # fmt: skip
 
 
-def start(stage: str, folder: Path, *more: str, num_processes: int = 2) -> subprocess.Popen:
-    """Launch a training in the toy's working folder `folder`.parent."""
+def start(
+    stage: str, folder: Path, *more: str, num_processes: int = 2,
+    launcher: tuple[str, ...] = ("--standalone",),
+) -> subprocess.Popen:  # fmt: skip
+    """Launch a training run in the toy's working folder `folder`.parent."""
     toy = folder.parent / "runs/toy"
     model = toy / "base" if stage == "sft" else folder.parent / "warm/model"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                "--nproc_per_node", str(num_processes)]  # fmt: skip
     flags = ["--model", str(model), "--data", str(toy / f"data/{stage}.json"), "--num_workers", "1",
              "--max_frames", "8", "--activation_checkpointing", "false"]  # fmt: skip
     with (folder.parent / f"{folder.name}.log").open("ab") as log_file:
         return subprocess.Popen(
-            [*launcher, ROOT / f"train_{stage}.py", *flags, *FLAGS[stage], "--output_dir", folder,
-             *more],
+            [sys.executable, "-m", "torch.distributed.run", *launcher, "--nproc_per_node",
+             str(num_processes), ROOT / f"train_{stage}.py", *flags, *FLAGS[stage],
+             "--output_dir", folder, *more],
             cwd=folder.parent, stdout=log_file, stderr=subprocess.STDOUT,
             env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
         )  # fmt: skip

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import model as model_module
-from infra.checkpoint import export_model
 from infra.distributed import process_group
 from infra.errors import UnusableSample
 from model import (
     TokenLogprobs,
     enable_checkpointing,
+    export_model,
     forbidden_tokens,
     group_logprobs,
     load_model,
@@ -359,7 +359,8 @@ def test_a_half_precision_model_in_shards_loads_and_exports_as_it_was(
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     plain.shake(model)
     with process_group() as world:
-        export_model(model, str(source), tmp_path / "model", world)
+        export_model(model, str(source), tmp_path / "model", world, card="# A card\n")
+    assert (tmp_path / "model/README.md").read_text() == "# A card\n"
     exported = load_file(tmp_path / "model/model.safetensors")
     assert exported.keys() == weights.keys()
     assert {weight.dtype for weight in exported.values()} == {torch.bfloat16}

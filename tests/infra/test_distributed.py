@@ -1,25 +1,33 @@
-"""Real processes: gloo, FSDP2, torchrun. The trainings are in ranks.py, one launch for each
-number of processes; here their metrics are compared."""
+"""Real processes: gloo, FSDP2, torchrun, signals, lost ranks. The training runs that are compared
+are in ranks.py, one launch for each number of processes; those that are killed in kills.py."""
 
 import json
 import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
 
+import kills
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import ROOT
 from ranks import UNUSABLE
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
-from infra.distributed import Watch
+import infra.distributed
+from infra.distributed import choose_device, process_group
+from infra.errors import UserError
 from model import hub_name
 
-TIMINGS = ("seconds", "tokens_per_second", "peak_memory_gib")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+# ------------------------------------------------------------------- the same run on any ranks
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +38,9 @@ def runs(toy_folder):
     def launch(num_processes):
         if num_processes not in outputs:
             out = toy_folder / f"ranks-{num_processes}"
-            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
             subprocess.run(
-                [sys.executable, *launcher, str(num_processes), ROOT / "tests/ranks.py", out],
-                cwd=toy_folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True,
-                timeout=400,
+                [*TORCHRUN, str(num_processes), ROOT / "tests/ranks.py", out],
+                cwd=toy_folder, env=ENVIRONMENT, check=True, timeout=400,
             )  # fmt: skip
             assert (out / "done").is_file()
             outputs[num_processes] = out
@@ -43,16 +49,12 @@ def runs(toy_folder):
     return launch
 
 
+def records(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
 def metrics(folder):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def without_timings(folder):
-    return [
-        {key: value for key, value in line.items() if not key.startswith(TIMINGS)}
-        for line in metrics(folder)
-    ]
+    return records(folder / "metrics.jsonl")
 
 
 CUTS = {
@@ -71,7 +73,7 @@ COMPARED = {
 
 @pytest.mark.parametrize(("num_processes", "name"), CUTS.values(), ids=CUTS)
 @pytest.mark.parametrize("stage", COMPARED)
-def test_losses_do_not_depend_on_how_a_step_is_cut(runs, stage, num_processes, name):
+def test_losses_do_not_depend_on_how_a_step_is_split(runs, stage, num_processes, name):
     expected = metrics(runs(1) / f"{stage}-whole")
     found = metrics(runs(num_processes) / f"{stage}-{name}")
     assert len(found) == len(expected) == 3
@@ -98,7 +100,11 @@ def test_tied_embeddings_train_alike_on_any_number_of_processes(runs, num_proces
 
 
 def test_the_same_seed_gives_the_same_metrics_bit_for_bit(runs):
-    once, again = (without_timings(runs(2) / f"sampled-{name}") for name in ("once", "again"))
+    once, again = (
+        [{key: value for key, value in line.items() if not key.startswith(kills.TIMINGS)}
+         for line in metrics(runs(2) / f"sampled-{name}")]
+        for name in ("once", "again")
+    )  # fmt: skip
     assert once == again
     rollouts = [
         (runs(2) / f"sampled-{name}/rollouts.jsonl").read_bytes() for name in ("once", "again")
@@ -110,9 +116,8 @@ def test_the_same_seed_gives_the_same_metrics_bit_for_bit(runs):
 def test_ranks_with_images_alone_and_videos_alone_train_together(runs):
     for stage in ("sft", "rl"):
         assert len(metrics(runs(2) / f"unlike-{stage}")) == 5
-    lines = (runs(2) / "unlike-rl/rollouts.jsonl").read_text().splitlines()
     lengths = {}
-    for record in map(json.loads, lines):
+    for record in records(runs(2) / "unlike-rl/rollouts.jsonl"):
         longest = max(response["length"] for response in record["responses"])
         kind = "image" if record["path"].endswith(".png") else "video"
         lengths.setdefault(kind, []).append(longest)
@@ -132,21 +137,19 @@ def test_unusable_files_are_replaced_and_recorded(runs):
     }  # fmt: skip
     for stage in ("sft", "rl"):
         folder = runs(2) / f"unusable-{stage}"
-        skipped = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
-        lines = metrics(folder)
+        skipped, lines = records(folder / "skipped.jsonl"), metrics(folder)
         assert len(lines) == 6
         assert [line["skipped"] for line in lines] == [
             sum(record["step"] == step for record in skipped) for step in range(1, 7)
         ]
-        # 24 samples are wanted: each bad file is met in the first 24 places or just behind.
+        # 24 samples are wanted: each bad file is met in the first 24 places or just after.
         assert {record["row"] for record in skipped} == bad
         assert {record["rank"] for record in skipped} == {0, 1}
         for record in skipped:
             name = record["path"].rpartition("/")[2]
             assert rows[record["row"]]["path"].endswith(name)
             assert reasons[name] in record["reason"]
-    records = (runs(2) / "unusable-rl/rollouts.jsonl").read_text().splitlines()
-    used = [json.loads(line)["row"] for line in records]
+    used = [record["row"] for record in records(runs(2) / "unusable-rl/rollouts.jsonl")]
     assert len(used) == 24
     assert not set(used) & bad
 
@@ -158,6 +161,20 @@ def test_a_frozen_vision_tower_stays_and_the_rest_learns(runs, toy_folder):
         assert found.keys() == source.keys()
         for name, weight in found.items():
             assert torch.equal(weight, source[name]) is name.startswith("visual."), name
+
+
+def test_the_exported_model_opens_in_transformers_and_has_moved(runs, toy_folder):
+    base = toy_folder / "runs/toy/base"
+    source = Qwen2_5_VLForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
+    for name in ("sft-whole", "rl-token-whole"):
+        folder = runs(2) / name / "model"
+        assert {file.name for file in folder.iterdir()} == {file.name for file in base.iterdir()}
+        trained = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        for (key, mine), theirs in zip(
+            trained.state_dict().items(), source.state_dict().values(), strict=True
+        ):
+            assert not torch.equal(mine, theirs), key
+            assert torch.isfinite(mine).all(), key
 
 
 @pytest.fixture(scope="module")
@@ -191,39 +208,255 @@ def gigabyte_model(toy_folder, tmp_path_factory):
 
 @pytest.mark.slow
 def test_loading_takes_a_rank_its_shard_and_a_buffer(gigabyte_model):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4"]
     done = subprocess.run(
-        [sys.executable, *launcher, ROOT / "tests/loading.py", gigabyte_model],
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, timeout=400, capture_output=True,
+        [*TORCHRUN, "4", ROOT / "tests/loading.py", gigabyte_model], env=ENVIRONMENT, check=True,
+        timeout=400, capture_output=True,
     )  # fmt: skip
     readings = json.loads(done.stdout.splitlines()[-1])
-    print(readings)
     assert len(readings) == 4
     assert sum(rank["shard"] for rank in readings) == readings[0]["model"] > 0.9 * 2**30
     for rank in readings:
         # Beside the shard: a copy of the rows that are read, the pages they are read from.
-        assert rank["peak"] < rank["shard"] + rank["largest"] / 2 + 32 * 2**20
+        assert rank["peak"] < rank["shard"] + rank["largest"] / 2 + 32 * 2**20, readings
 
 
-def test_the_exported_model_opens_in_transformers_and_has_moved(runs, toy_folder):
-    base = toy_folder / "runs/toy/base"
-    for name in ("sft-whole", "rl-token-whole"):
-        folder = runs(2) / name / "model"
-        assert {file.name for file in folder.iterdir()} == {file.name for file in base.iterdir()}
-        trained = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-        source = Qwen2_5_VLForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
-        for (key, mine), theirs in zip(
-            trained.state_dict().items(), source.state_dict().values(), strict=True
-        ):
-            assert mine.dtype == theirs.dtype == torch.float32
-            assert not torch.equal(mine, theirs), key
-            assert torch.isfinite(mine).all(), key
+# ------------------------------------------------------------------------------ device and dtype
 
 
-def test_a_rank_that_stops_after_its_first_beat_is_missed():
-    store = dist.HashStore()
-    store.set("beat/1", json.dumps({"number": 1, "place": "the start", "pid": 0, "host": "far"}))
-    with Watch(store, rank=0, size=2, timeout=1000) as watch:
-        assert not watch.lost(60)
-        time.sleep(0.2)
-        assert watch.lost(0.1)[1]["place"] == "the start"
+def test_fewer_gpus_than_ranks_are_refused_or_left_alone(monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match=r"2 processes and 1 GPU here: start 1 at most"):
+        choose_device()
+    assert choose_device(cpu_fallback=True) == torch.device("cpu")
+    assert capsys.readouterr().out == "2 processes and 1 GPU here: running on CPU\n"
+
+
+def test_each_rank_takes_its_gpu_and_no_cudnn_attention(monkeypatch):
+    chosen = []
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        assert choose_device() == torch.device("cuda", 1)
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+    assert chosen == [torch.device("cuda", 1)]
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [
+    ("", torch.float32), ("fp32", torch.float32), ("bf16", torch.bfloat16),
+])  # fmt: skip
+def test_the_precision_on_cpu(precision, dtype):
+    with process_group(precision=precision) as world:
+        assert (world.device.type, world.dtype, world.size) == ("cpu", dtype, 1)
+
+
+# --------------------------------------------------------------------- lost ranks and signals
+
+
+LOST = """
+import os, signal, sys, time
+import torch.distributed as dist
+import infra.distributed as ours
+
+ours.SHORTEST_TIMEOUT = 6
+
+def main():
+    with ours.process_group(6) as world:
+        ours.name_missing_ranks(world)
+        if world.rank == 1:
+            {what}
+        ours.name_missing_ranks(world)
+        dist.barrier()
+
+ours.run(main)
+"""
+
+
+@pytest.mark.parametrize(("what", "words"), [
+    ("time.sleep(100)", "error: a rank has died (torchrun's report below names it) or hangs: "
+                        "[Rank 0]: Ranks 1 failed to pass monitoredBarrier in 3000 ms"),
+    ("os.kill(os.getpid(), signal.SIGKILL)", "exitcode  : -9"),
+])  # fmt: skip
+def test_a_missing_rank_is_named_and_ends_the_job(tmp_path, what, words):
+    (tmp_path / "lost.py").write_text(LOST.format(what=what))
+    begun = time.monotonic()
+    done = subprocess.run([*TORCHRUN, "3", tmp_path / "lost.py"], env=ENVIRONMENT, timeout=60,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert time.monotonic() - begun < 30
+    assert "Traceback" not in done.stderr.partition("torch/distributed")[0]
+
+
+def test_a_very_short_timeout_does_not_end_a_healthy_run(killed_base):
+    """Fault 20: every run with --timeout 2 or less was killed."""
+    kills.finish("sft", killed_base / "short", "--timeout", "0.5", "--max_steps", "3")
+    assert "--timeout 0.5 is raised to 30 seconds" in log_of(killed_base / "short")
+
+
+@pytest.fixture(scope="module")
+def killed_base(toy_folder, tmp_path_factory):
+    """A folder for kills.py: the toy, and an undisturbed run."""
+    folder = tmp_path_factory.mktemp("kills")
+    (folder / "runs").mkdir()
+    os.symlink(toy_folder / "runs/toy", folder / "runs/toy")
+    kills.finish("sft", folder / "undisturbed")
+    return folder
+
+
+def log_of(folder):
+    return (folder.parent / f"{folder.name}.log").read_text(errors="replace")
+
+
+def wait_for_steps(folder, number):
+    file = folder / "metrics.jsonl"
+    kills.wait_until(
+        lambda: file.exists() and file.read_bytes().count(b"\n") >= number, 100, f"step {number}"
+    )
+
+
+@pytest.mark.parametrize("victim", ["rank", pytest.param("launcher", marks=pytest.mark.slow)])
+def test_sigkill_to_a_rank_or_to_the_launcher(killed_base, victim):
+    folder = killed_base / f"killed-{victim}"
+    process = kills.start("sft", folder)
+    wait_for_steps(folder, 4)
+    begun = time.monotonic()
+    kills.kill(process, victim, number=1)
+    assert time.monotonic() - begun < 30  # and not the 1800 s of --timeout
+    if victim == "rank":
+        assert "error: a rank has died (torchrun's report below names it)" in log_of(folder)
+        assert "(SIGKILL)" in log_of(folder)
+    assert not (folder / "model").exists()
+    kills.finish("sft", folder)
+    assert kills.outcome(folder) == kills.outcome(killed_base / "undisturbed")
+
+
+SIGNALS = """
+import time
+from infra.distributed import StopRequest, run
+
+def main():
+    with StopRequest() as request:
+        print("ready", flush=True)
+        while not request.name:
+            time.sleep(0.01)
+        print(request.name, flush=True)
+        time.sleep(60)
+
+run(main)
+"""
+
+
+def test_the_second_signal_ends_the_process_at_once():
+    process = subprocess.Popen([sys.executable, "-c", SIGNALS], stdout=subprocess.PIPE, text=True,
+                               env=ENVIRONMENT)  # fmt: skip
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)  # what torchrun passes on at once counts as the same
+    assert process.stdout.readline() in ("SIGINT\n", "SIGTERM\n")
+    time.sleep(1.2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == -signal.SIGINT
+
+
+ENDS = {
+    "ctrl-c": ("os.kill(os.getpid(), signal.SIGINT); time.sleep(9)", 130, "interrupted\n"),
+    "user": ("raise UserError('--model x is no folder')", 2, "error: --model x is no folder\n"),
+}
+
+
+@pytest.mark.parametrize(("what", "code", "words"), ENDS.values(), ids=ENDS)
+def test_what_ends_with_one_line_and_no_traceback(what, code, words):
+    """Ctrl-C outside training gave a traceback (fault 23)."""
+    script = f"""
+import os, signal, time
+from infra.distributed import run
+from infra.errors import UserError
+
+def main():
+    {what}
+
+run(main)
+"""
+    done = subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, capture_output=True,
+                          text=True, timeout=60)  # fmt: skip
+    assert (done.returncode, done.stderr) == (code, words)
+
+
+def test_a_bug_keeps_its_traceback():
+    def main():
+        raise RuntimeError("gloo is mentioned, but this process is alone")
+
+    with pytest.raises(RuntimeError, match="gloo"):
+        infra.distributed.run(main)
+
+
+# -------------------------------------------------------------------------------------------- slow
+
+
+@pytest.mark.slow
+def test_a_stopped_rank_ends_the_job_by_the_timeout(killed_base):
+    folder = killed_base / "hangs"
+    process = kills.start("sft", folder, "--timeout", "30", "--max_steps", "1000")
+    wait_for_steps(folder, 20)
+    rank = kills.children(process.pid)[1]
+    os.kill(rank, signal.SIGSTOP)
+    begun = time.monotonic()
+    assert process.wait(90) != 0
+    # torchrun waits 30 s for the stopped process before it sends SIGKILL.
+    assert time.monotonic() - begun < 30 + 30 + 5
+    assert "or hangs: " in log_of(folder)
+    assert not kills.is_alive(rank)
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_run_whose_rank_is_killed(killed_base):
+    folder = killed_base / "restarted"
+    process = kills.start("sft", folder, launcher=("--standalone", "--max-restarts", "3"))
+    wait_for_steps(folder, 4)
+    os.kill(kills.children(process.pid)[1], signal.SIGKILL)
+    assert process.wait(200) == 0, log_of(folder)[-3000:]
+    assert "resumed from" in log_of(folder)
+    assert kills.outcome(folder) == kills.outcome(killed_base / "undisturbed")
+
+
+@pytest.mark.slow
+def test_two_nodes_of_two_processes_with_a_copy_of_the_model_each(killed_base):
+    """HSDP: two launchers that find each other as two nodes would, --replicas 2."""
+    for name, replicas in (("copies", 2), ("shards", 1)):
+        port = 20000 + random.Random().randrange(20000)
+        nodes = [
+            kills.start(
+                "sft", killed_base / name, "--replicas", str(replicas), "--prompts_per_rank", "2",
+                "--max_steps", "4",
+                launcher=("--nnodes", "2", "--node_rank", str(node), "--master_addr", "127.0.0.1",
+                          "--master_port", str(port)),
+            )
+            for node in range(2)
+        ]  # fmt: skip
+        for process in nodes:
+            assert process.wait(300) == 0, log_of(killed_base / name)[-3000:]
+    found, expected = (kills.outcome(killed_base / name) for name in ("copies", "shards"))
+    for mine, other in zip(found["metrics"], expected["metrics"], strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], abs=1e-5)
+        assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
+    weights, others = (
+        load_file(killed_base / name / "model/model.safetensors") for name in ("copies", "shards")
+    )
+    for key, weight in weights.items():
+        torch.testing.assert_close(weight, others[key], rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_kills_at_random_instants(tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests/kills.py", "--number", "4", "--seed", "1"], timeout=900,
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert "4 kills, 4 runs equal, 0 not" in done.stdout, done.stdout + done.stderr[-3000:]

@@ -6,25 +6,21 @@ wait for time-outs or start many processes are marked slow.
 
 import json
 import os
-import random
-import resource
 import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import kills
 import pytest
 import torch
 from conftest import ROOT
-from safetensors.torch import load_file
 
 import train_sft
 from data import load_samples
 from evaluation.answering import AnswerSettings, answer, score_item
 from evaluation.validation import summary
-from infra.checkpoint import Checkpoints, Stager, check_files, training_state
+from infra.checkpoint import Checkpoints
 from infra.distributed import process_group
 from infra.loader import Loader
 from infra.optim import make_optimizer
@@ -136,71 +132,6 @@ def test_a_torn_last_line_is_repaired(toy, undisturbed, tmp_path):
     assert (tmp_path / "run/bad_steps.jsonl").read_bytes() == b""
 
 
-def flip(folder):
-    file = folder / "__0_0.distcp"
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-    return "__0_0.distcp has crc32"
-
-
-def truncate(folder):
-    file = folder / "__0_0.distcp"
-    file.write_bytes(file.read_bytes()[:1000])
-    return "__0_0.distcp has bytes 1000"
-
-
-def lose_shard(folder):
-    (folder / "__0_0.distcp").unlink()
-    return "__0_0.distcp: No such file"
-
-
-def lose_manifest(folder):
-    (folder / "manifest.json").unlink()
-    return "manifest.json: No such file"
-
-
-def tear_manifest(folder):
-    file = folder / "manifest.json"
-    file.write_text(file.read_text()[:40])
-    return "manifest.json: "
-
-
-def change_run(folder):
-    file = folder / "run.json"
-    file.write_text(file.read_text().replace('"step": 4', '"step": 5'))
-    return "run.json has crc32"
-
-
-DAMAGES = (truncate, lose_shard, lose_manifest, tear_manifest, change_run)
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_to_a_checkpoint_is_found(undisturbed, tmp_path, damage):
-    folder = tmp_path / "step_000004"
-    shutil.copytree(undisturbed / "checkpoints/step_000004", folder)
-    assert check_files(folder) == ""
-    assert damage(folder) in check_files(folder).replace(f"{folder}/", "")
-
-
-@pytest.mark.parametrize("damage", [flip, lose_manifest])
-def test_a_broken_checkpoint_is_named_and_passed_over(toy, undisturbed, tmp_path, damage, capsys):
-    run_killed(toy, tmp_path / "run", 5)
-    assert checkpoints_of(tmp_path / "run") == ["step_000002", "step_000004"]
-    assert check_files(tmp_path / "run/checkpoints/step_000004") == ""
-    reason = damage(tmp_path / "run/checkpoints/step_000004")
-    capsys.readouterr()
-    run(toy, tmp_path / "run")
-    said = capsys.readouterr().out
-    assert f"step_000004 is passed over: {reason}" in said.replace(f"{tmp_path}/run/checkpoints/"
-                                                                   "step_000004/", "")  # fmt: skip
-    assert "resumed from" in said
-    assert "step_000002" in said
-    assert kills.outcome(tmp_path / "run") == kills.outcome(undisturbed)
-    assert checkpoints_of(tmp_path / "run") == ["step_000004", "step_000006"]
-    assert check_files(tmp_path / "run/checkpoints/step_000004") == ""
-
-
 def test_a_finished_run_says_so_and_a_longer_one_goes_on(toy, undisturbed, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(undisturbed, folder)
@@ -269,59 +200,6 @@ def folder_in(toy, folder):
     (folder.parent / "runs").mkdir(exist_ok=True)
     os.symlink(toy, folder.parent / "runs/toy")
     return folder
-
-
-def test_loading_gives_back_every_bit_of_weights_and_optimizer(toy, tmp_path):
-    with process_group() as world:
-        model = load_model(str(toy / "base"), torch.device("cpu"))
-        optimizer = make_optimizer(model, 1e-3, 0.01)
-        for number, parameter in enumerate(model.parameters()):
-            parameter.grad = torch.full_like(parameter, 0.01 * number)
-        optimizer.step()
-        checkpoints = Checkpoints(tmp_path, world, keep_last=0)
-        checkpoints.save({"step": 7, "value": None}, model, optimizer, lambda: None)
-        saved = copied(training_state(model, optimizer))
-        with torch.no_grad():  # the copy was made before the file was written
-            for parameter in model.parameters():
-                parameter.zero_()
-        checkpoints.wait()
-        path, info = checkpoints.find()
-        assert (path.name, info["step"]) == ("step_000007", 7)
-        fresh = load_model(str(toy / "base"), torch.device("cpu"))
-        fresh_optimizer = make_optimizer(fresh, 1e-3, 0.01)
-        checkpoints.load(path, fresh, fresh_optimizer)
-        loaded = training_state(fresh, fresh_optimizer)
-    for name, weight in saved["model"].items():
-        assert torch.equal(loaded["model"][name], weight), name
-        for key, value in saved["optimizer"][name].items():
-            assert torch.equal(loaded["optimizer"][name][key], value), (name, key)
-    assert float(saved["optimizer"]["lm_head.weight"]["step"]) == 1
-
-
-def copied(state):
-    if isinstance(state, dict):
-        return {key: copied(value) for key, value in state.items()}
-    return state.clone()
-
-
-KEPT = {
-    "newest": (2, "", [3, 4]),
-    "all": (0, "", [1, 2, 3, 4]),
-    "newest-and-best": (1, "accuracy", [2, 4]),
-    "newest-and-lowest": (1, "kl", [3, 4]),
-}
-
-
-@pytest.mark.parametrize(("keep_last", "keep_best", "expected"), KEPT.values(), ids=KEPT)
-def test_which_checkpoints_are_kept(tmp_path, keep_last, keep_best, expected):
-    model = torch.nn.Linear(2, 2)
-    optimizer = make_optimizer(model, 1e-3, 0.01)
-    with process_group() as world:
-        checkpoints = Checkpoints(tmp_path, world, keep_last, keep_best)
-        for step, value in enumerate([0.5, 0.9, 0.1, None], start=1):
-            checkpoints.save({"step": step, "value": value}, model, optimizer, lambda: None)
-        checkpoints.wait()
-    assert sorted(os.listdir(tmp_path)) == [f"step_00000{step}" for step in expected]
 
 
 # -------------------------------------------------------------------------------------- validation
@@ -446,41 +324,6 @@ def test_too_many_bad_steps_in_a_row_end_the_run_with_a_checkpoint(toy, tmp_path
         assert torch.equal(mine, other)
 
 
-def test_a_full_disk_leaves_the_earlier_checkpoints_and_says_so(toy, undisturbed, tmp_path):
-    """A limit on the size of files stands for the disk: the logs fit, a checkpoint does not."""
-    folder = tmp_path / "run"
-    run_killed(toy, folder, 3)
-    assert checkpoints_of(folder) == ["step_000002"]
-    flags = []
-    for key, value in vars(config(toy, folder)).items():
-        flags += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
-    flags = [word for word in flags if word]  # no empty values
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
-
-    done = subprocess.run(
-        [sys.executable, ROOT / "train_sft.py", *without_empty(flags)], preexec_fn=limit,
-        capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 2, done.stderr[-3000:]
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
-    assert "the checkpoint of step 4 could not be written" in line
-    assert "GiB left: " in line
-    assert "the earlier ones are whole" in line
-    assert checkpoints_of(folder) == ["step_000002"]
-    run(toy, folder)
-    assert kills.outcome(folder) == kills.outcome(undisturbed)
-
-
-def without_empty(flags):
-    """Drop flags that have no value: they are at their defaults."""
-    return [
-        word for word, after in zip(flags, [*flags[1:], "--end"], strict=True)
-        if not (word.startswith("--") and after.startswith("--"))
-    ]  # fmt: skip
-
-
 def test_a_folder_that_cannot_be_made_is_one_clear_line(toy, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"--output_dir .*file/run: Not a directory"):
@@ -505,20 +348,6 @@ def killed_base(toy_folder, tmp_path_factory):
 
 def log_of(folder):
     return (folder.parent / f"{folder.name}.log").read_text(errors="replace")
-
-
-@pytest.mark.parametrize("victim", ["rank", pytest.param("launcher", marks=pytest.mark.slow)])
-def test_sigkill_to_a_rank_or_to_the_launcher(killed_base, victim):
-    folder = killed_base / f"killed-{victim}"
-    process = kills.start("sft", folder)
-    kills.wait_until(lambda: len(logged(folder)) >= 4, 100, "four steps are done")
-    kills.kill(process, victim, number=1)
-    if victim == "rank":
-        said = log_of(folder)
-        assert "rank 1 no longer answers, it was at step" in said
-    assert not (folder / "model").exists()
-    kills.finish("sft", folder)
-    assert kills.outcome(folder) == kills.outcome(killed_base / "undisturbed")
 
 
 def logged(folder):
@@ -557,29 +386,6 @@ def test_a_stopped_run_without_torchrun_exits_with_0(killed_base):
     assert "the same command goes on from here" in said
 
 
-def test_the_second_signal_is_obeyed_at_once():
-    code = (
-        "import time\n"
-        "from distributed import StopRequest\n"
-        "with StopRequest() as request:\n"
-        "    print('ready', flush=True)\n"
-        "    while not request.name:\n"
-        "        time.sleep(0.01)\n"
-        "    print(request.name, flush=True)\n"
-        "    time.sleep(60)\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
-                               env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGTERM)  # what torchrun passes on at once counts as the same
-    assert process.stdout.readline() in ("SIGINT\n", "SIGTERM\n")
-    time.sleep(1.2)
-    assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    assert process.wait(10) == -signal.SIGINT
-
-
 @pytest.mark.slow
 def test_another_number_of_processes_takes_no_sample_twice_and_loses_none(killed_base):
     """Two processes, stopped, go on as one: the losses are those of one process from the start."""
@@ -599,109 +405,3 @@ def test_another_number_of_processes_takes_no_sample_twice_and_loses_none(killed
     for mine, other in zip(found, expected, strict=True):
         assert mine["loss"] == pytest.approx(other["loss"], abs=1e-5)
         assert mine["tokens"] == other["tokens"]  # the same samples
-
-
-def test_the_copy_of_the_state_keeps_its_memory_and_its_values():
-    weight, count = torch.arange(6.0).reshape(2, 3), torch.tensor(1.0)
-    state, stager = {"model": {"w": weight}, "optimizer": {"w": {"step": count}}}, Stager()
-    first = stager.stage(state)
-    place = first["model"]["w"].data_ptr()
-    weight.mul_(2), count.add_(1)
-    assert torch.equal(first["model"]["w"], torch.arange(6.0).reshape(2, 3))
-    assert first["optimizer"]["w"]["step"] == 1
-    second = stager.stage(state)
-    assert second["model"]["w"].data_ptr() == place
-    assert torch.equal(second["model"]["w"], weight) and second["optimizer"]["w"]["step"] == 2
-
-
-# -------------------------------------------------------------------------------------------- slow
-
-
-@pytest.mark.slow
-def test_a_stopped_rank_ends_the_job_within_the_timeout(killed_base):
-    folder = killed_base / "hangs"
-    process = kills.start("sft", folder, "--timeout", "30", "--max_steps", "1000")
-    kills.wait_until(lambda: len(logged(folder)) >= 20, 100, "steps are done over some seconds")
-    rank = kills.children(process.pid)[1]
-    os.kill(rank, signal.SIGSTOP)
-    begun = time.monotonic()
-    assert process.wait(90) != 0
-    assert time.monotonic() - begun < 30 + 5  # and some seconds for torchrun itself
-    said = log_of(folder)
-    assert "no longer answers, it was at step" in said
-    assert "nothing for 15 seconds" in said
-    assert not kills.is_alive(rank)
-
-
-@pytest.mark.slow
-def test_torchrun_restarts_a_run_whose_rank_is_killed(killed_base):
-    folder = killed_base / "restarted"
-    toy = killed_base / "runs/toy"
-    flags = [
-        "--model",
-        toy / "base",
-        "--data",
-        toy / "data/sft.json",
-        "--output_dir",
-        folder,
-        "--num_workers",
-        "1",
-        "--max_frames",
-        "8",
-        "--activation_checkpointing",
-        "false",
-    ]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         "--max-restarts", "3", ROOT / "train_sft.py", *flags, *kills.FLAGS["sft"]],
-        stdout=(killed_base / "restarted.log").open("wb"), stderr=subprocess.STDOUT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    kills.wait_until(lambda: len(logged(folder)) >= 4, 100, "four steps are done")
-    os.kill(kills.children(process.pid)[1], signal.SIGKILL)
-    assert process.wait(200) == 0, log_of(folder)[-3000:]
-    assert "resumed from" in log_of(folder)
-    assert kills.outcome(folder) == kills.outcome(killed_base / "undisturbed")
-
-
-@pytest.mark.slow
-def test_two_nodes_of_two_processes_with_a_copy_of_the_model_each(killed_base):
-    """HSDP: two launchers that find each other as two nodes would, --replicas 2."""
-    toy = killed_base / "runs/toy"
-    for name, replicas in (("copies", 2), ("shards", 1)):
-        folder = killed_base / name
-        flags = ["--model", toy / "base", "--data", toy / "data/sft.json", "--output_dir", folder,
-                 "--num_workers", "1", "--max_frames", "8", "--activation_checkpointing", "false",
-                 "--replicas", replicas, *kills.FLAGS["sft"], "--prompts_per_rank", "2",
-                 "--max_steps", "4"]  # fmt: skip
-        port = 20000 + random.Random().randrange(20000)
-        nodes = [
-            subprocess.Popen(
-                [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank",
-                 str(node), "--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port",
-                 str(port), ROOT / "train_sft.py", *map(str, flags)],
-                stdout=(killed_base / f"{name}-{node}.log").open("wb"), stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
-            for node in range(2)
-        ]  # fmt: skip
-        for node, process in enumerate(nodes):
-            said = killed_base / f"{name}-{node}.log"
-            assert process.wait(300) == 0, said.read_text()[-3000:]
-    found, expected = (kills.outcome(killed_base / name) for name in ("copies", "shards"))
-    for mine, other in zip(found["metrics"], expected["metrics"], strict=True):
-        assert mine["loss"] == pytest.approx(other["loss"], abs=1e-5)
-        assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
-    weights, others = (load_file(killed_base / name / "model/model.safetensors")
-                       for name in ("copies", "shards"))  # fmt: skip
-    for key, weight in weights.items():
-        torch.testing.assert_close(weight, others[key], rtol=0, atol=1e-4)
-
-
-@pytest.mark.slow
-def test_kills_at_random_instants(tmp_path):
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests/kills.py", "--number", "4", "--seed", "1"], timeout=900,
-        capture_output=True, text=True, cwd=tmp_path,
-    )  # fmt: skip
-    assert "4 kills, 4 runs equal, 0 not" in done.stdout, done.stdout + done.stderr[-3000:]

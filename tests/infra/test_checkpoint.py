@@ -1,0 +1,313 @@
+"""Checkpoints on disk: every bit back, corrupt ones skipped, nothing lost, nothing foreign touched;
+and exported weights."""
+
+import json
+import os
+import resource
+from contextlib import contextmanager
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from infra import checkpoint
+from infra.checkpoint import Checkpoints, Stager, export_weights, training_state
+from infra.distributed import process_group
+from infra.errors import UserError
+from infra.optim import make_optimizer
+
+
+@pytest.fixture
+def world():
+    with process_group() as world:
+        yield world
+
+
+def trained(seed=0, freeze_first=False):
+    """A small model and its optimizer after one step."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    model[0].requires_grad_(not freeze_first)
+    optimizer = make_optimizer(model, 1e-2, 0.01)
+    model(torch.randn(5, 4)).square().sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def save(folder, world, steps, values=None, **settings):
+    """Save small models at these steps; the value of a step is looked up in `values`."""
+    checkpoints = Checkpoints(folder, world, **{"keep_last": 0} | settings)
+    found = checkpoints.find()
+    for step in steps:
+        run = {"step": step, "value": (values or {}).get(step)}
+        checkpoints.save(run, *trained(step), lambda: None)
+    checkpoints.wait()
+    return checkpoints, found
+
+
+def copied(state):
+    if isinstance(state, dict):
+        return {key: copied(value) for key, value in state.items()}
+    return state.clone()
+
+
+def names(folder):
+    return sorted(os.listdir(folder))
+
+
+def test_loading_gives_back_every_bit_of_weights_and_optimizer(world, tmp_path):
+    model, optimizer = trained()
+    checkpoints = Checkpoints(tmp_path, world, keep_last=0)
+    checkpoints.save({"step": 7, "value": None}, model, optimizer, lambda: None)
+    saved = copied(training_state(model, optimizer))
+    with torch.no_grad():  # the copy was made before the file was written
+        for parameter in model.parameters():
+            parameter.zero_()
+    checkpoints.wait()
+    path, run = checkpoints.find()
+    assert (path.name, run["step"]) == ("step_000007", 7)
+    fresh, fresh_optimizer = trained(seed=1)
+    checkpoints.load(path, fresh, fresh_optimizer)
+    loaded = training_state(fresh, fresh_optimizer)
+    for name, weight in saved["model"].items():
+        assert torch.equal(loaded["model"][name], weight), name
+        for key, value in saved["optimizer"][name].items():
+            assert torch.equal(loaded["optimizer"][name][key], value), (name, key)
+    assert saved["optimizer"]["0.weight"]["exp_avg"].any()
+
+
+def test_optimizer_state_of_parameters_that_were_frozen_starts_from_zero(world, tmp_path, capsys):
+    model, optimizer = trained(freeze_first=True)
+    checkpoints = Checkpoints(tmp_path, world, keep_last=0)
+    checkpoints.save({"step": 1, "value": None}, model, optimizer, lambda: None)
+    checkpoints.wait()
+    fresh = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    fresh_optimizer = make_optimizer(fresh, 1e-2, 0.01)
+    checkpoints.load(checkpoints.find()[0], fresh, fresh_optimizer)
+    assert "no optimizer state of 2 parameters, 0.weight the first" in capsys.readouterr().out
+    saved, loaded = training_state(model, optimizer), training_state(fresh, fresh_optimizer)
+    for name, weight in saved["model"].items():
+        assert torch.equal(loaded["model"][name], weight), name
+        for key, value in loaded["optimizer"][name].items():
+            expected = saved["optimizer"].get(name, {}).get(key, torch.zeros_like(value))
+            assert torch.equal(value, expected), (name, key)
+
+
+def test_a_missing_or_misshapen_weight_is_an_error(world, tmp_path):
+    checkpoints, _ = save(tmp_path, world, [1])
+    for model in (nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2), nn.Linear(2, 2)),
+                  nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 5))):  # fmt: skip
+        with pytest.raises(UserError, match=r"step_000001 has no weight [12].weight of shape"):
+            checkpoints.load(tmp_path / "step_000001", model, make_optimizer(model, 1e-2, 0.01))
+
+
+# ---------------------------------------------------------------------------------------- corrupt
+
+
+def flip(folder):
+    file = folder / "__0_0.distcp"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    return "__0_0.distcp has {'bytes': "
+
+
+def truncate(folder):
+    file = folder / "__0_0.distcp"
+    file.write_bytes(file.read_bytes()[:1000])
+    return "__0_0.distcp has {'bytes': 1000, "
+
+
+def lose_shard(folder):
+    (folder / "__0_0.distcp").unlink()
+    return "__0_0.distcp: No such file"
+
+
+def lose_manifest(folder):
+    (folder / "manifest.json").unlink()
+    return "manifest.json: No such file"
+
+
+def tear_manifest(folder):
+    file = folder / "manifest.json"
+    file.write_text(file.read_text()[:40])
+    return "manifest.json: "
+
+
+def lose_run(folder):
+    (folder / "run.json").unlink()
+    return "run.json: No such file"
+
+
+def tear_run(folder):
+    (folder / "run.json").write_text('{"step": 4, "val')
+    return "run.json has {'bytes': 16, "
+
+
+def change_run(folder):
+    file = folder / "run.json"
+    file.write_text(file.read_text().replace('"step": 4', '"step": 5'))
+    return "run.json has {'bytes': "
+
+
+DAMAGES = (flip, truncate, lose_shard, lose_manifest, tear_manifest, lose_run, tear_run, change_run)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_corrupt_checkpoint_is_reported_and_skipped(world, tmp_path, damage, capsys):
+    save(tmp_path, world, [2, 4])
+    reason = damage(tmp_path / "step_000004")
+    checkpoints, (path, run) = save(tmp_path, world, [], keep_last=2)
+    said = capsys.readouterr().out.replace(f"{tmp_path}/step_000004/", "")
+    assert f"step_000004 is corrupt and skipped: {reason}" in said
+    assert (path.name, run["step"]) == ("step_000002", 2)
+
+
+@pytest.mark.parametrize("damage", [flip, lose_run, tear_run, lose_manifest])
+@pytest.mark.parametrize("keep_last", [1, 2])
+def test_a_run_that_begins_again_keeps_what_it_saves(world, tmp_path, damage, keep_last):
+    """Fault 2: the corrupt ones of steps 8 and 9 counted as the newest."""
+    save(tmp_path, world, [8, 9])
+    for name in names(tmp_path):
+        damage(tmp_path / name)
+    _, found = save(tmp_path, world, [1, 2, 3], keep_last=keep_last)
+    assert found is None
+    assert names(tmp_path) == ["step_000002", "step_000003"][-keep_last:]
+    assert save(tmp_path, world, [])[1][0].name == "step_000003"
+
+
+@pytest.mark.parametrize("damage", [lose_run, tear_run])
+def test_pruning_survives_a_run_json_that_cannot_be_read(world, tmp_path, damage):
+    """Fault 3: every later save failed."""
+    values = {1: 0.9, 2: 0.1, 3: 0.5, 4: 0.2}
+    save(tmp_path, world, [1, 2], values, keep_best="accuracy")
+    damage(tmp_path / "step_000001")  # older than the newest: find does not look at it
+    save(tmp_path, world, [3, 4], values, keep_last=1, keep_best="accuracy")
+    assert names(tmp_path) == ["step_000003", "step_000004"]
+
+
+# ------------------------------------------------------------------------------------------- kept
+
+KEPT = {
+    "newest": (2, "", [3, 4]),
+    "all": (0, "", [1, 2, 3, 4]),
+    "newest-and-best": (1, "accuracy", [2, 4]),
+    "newest-and-lowest": (1, "kl", [3, 4]),
+}
+
+
+@pytest.mark.parametrize(("keep_last", "keep_best", "expected"), KEPT.values(), ids=KEPT)
+def test_which_checkpoints_are_kept(world, tmp_path, keep_last, keep_best, expected):
+    values = {1: 0.5, 2: 0.9, 3: 0.1}
+    save(tmp_path, world, [1, 2, 3, 4], values, keep_last=keep_last, keep_best=keep_best)
+    assert names(tmp_path) == [f"step_00000{step}" for step in expected]
+
+
+def test_values_of_another_metric_are_not_compared(world, tmp_path):
+    """Fault 29: a length of 300 looked like the best accuracy."""
+    save(tmp_path, world, [1, 2], {1: 300.0, 2: 200.0}, keep_best="completion_length")
+    values = {3: 0.9, 4: 0.5}
+    _, (path, run) = save(tmp_path, world, [3, 4], values, keep_last=1, keep_best="accuracy")
+    assert (path.name, run["value"]) == ("step_000002", None)
+    assert names(tmp_path) == ["step_000003", "step_000004"]
+    assert save(tmp_path, world, [], keep_best="accuracy")[1][1]["value"] == 0.5
+
+
+def test_only_step_and_digits_is_ours(world, tmp_path):
+    """Fault 14: a user's copies were picked, pruned, and removed by the cleaning."""
+    save(tmp_path, world, [2, 4])
+    foreign = ["step_000002_mine", "step_000004_mine", "step_x", ".step_000004_mine", ".a_step_1"]
+    for name in foreign:
+        (tmp_path / name).mkdir()
+    (tmp_path / "step_000009").write_text("a file")
+    os.symlink(tmp_path / "step_x", tmp_path / "step_000010")
+    for name in (".step_000006", ".deleted-step_000001"):  # of a run that was killed
+        (tmp_path / name).mkdir()
+    checkpoints, (path, _) = save(tmp_path, world, [999_999, 1_000_000], keep_last=1)
+    assert path.name == "step_000004"
+    checkpoints.clean()
+    ours = ["step_1000000"]
+    assert names(tmp_path) == sorted([*ours, *foreign, "step_000009", "step_000010"])
+
+
+# ------------------------------------------------------------------------------------------- disk
+
+
+@contextmanager
+def full_disk(num_bytes):
+    """A limit on the size of files stands for the disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoints_and_says_so(world, tmp_path):
+    save(tmp_path, world, [2], keep_last=1)
+    checkpoints = Checkpoints(tmp_path, world, keep_last=1)
+    model = nn.Linear(1024, 1024)
+    with full_disk(2**20):
+        checkpoints.save({"step": 4}, model, make_optimizer(model, 1e-3, 0.01), lambda: None)
+        words = r"checkpoint of step 4 could not be written .* GiB left: .*; the earlier ones are"
+        with pytest.raises(UserError, match=words):
+            checkpoints.wait()
+    assert names(tmp_path) == ["step_000002"]
+    assert checkpoints.find()[1]["step"] == 2
+
+
+def test_a_folder_that_cannot_be_made_is_one_clear_line(world, tmp_path):
+    (tmp_path / "file").touch()
+    checkpoints = Checkpoints(tmp_path / "file/checkpoints", world, keep_last=1)
+    with pytest.raises(UserError, match=r"file/checkpoints/.step_000001: Not a directory"):
+        checkpoints.save({"step": 1}, *trained(), lambda: None)
+
+
+def test_the_copy_of_the_state_keeps_its_memory_and_its_values():
+    weight, count = torch.arange(6.0).reshape(2, 3), torch.tensor(1.0)
+    state, stager = {"model": {"w": weight}, "optimizer": {"w": {"step": count}}}, Stager()
+    first = stager.stage(state)
+    place = first["model"]["w"].data_ptr()
+    weight.mul_(2), count.add_(1)
+    assert torch.equal(first["model"]["w"], torch.arange(6.0).reshape(2, 3))
+    assert first["optimizer"]["w"]["step"] == 1
+    second = stager.stage(state)
+    assert second["model"]["w"].data_ptr() == place
+    assert torch.equal(second["model"]["w"], weight) and second["optimizer"]["w"]["step"] == 2
+
+
+# ----------------------------------------------------------------------------------------- export
+
+
+def test_exported_weights_in_several_files_with_an_index(world, tmp_path, monkeypatch):
+    """Sharded models are exported by ranks.py, whole folders opened by transformers there."""
+    weights = {name: torch.randn(4, 8) for name in "edcba"}
+    dtypes = dict.fromkeys(weights, torch.float32) | {"d": torch.bfloat16, "c": torch.bfloat16}
+    sides = {"config.json": b"{}", "README.md": b"a card\n"}
+    folder = tmp_path / "model"
+    for place in (folder, tmp_path / ".model-unfinished"):  # an older one, and what a kill left
+        place.mkdir()
+        (place / "old.safetensors").touch()
+    monkeypatch.setattr(checkpoint, "FILE_BYTES", 256)  # float32: 128 bytes each
+    export_weights(weights, dtypes, folder, world, sides)
+    assert names(tmp_path) == ["model"]
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    files = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    assert index["weight_map"] == dict.fromkeys("edc", files[0]) | dict.fromkeys("ba", files[1])
+    assert index["metadata"]["total_size"] == 512
+    assert names(folder) == sorted([*files, *sides, "model.safetensors.index.json"])
+    for name, file in index["weight_map"].items():
+        assert torch.equal(load_file(folder / file)[name], weights[name].to(dtypes[name]))
+    assert all((folder / name).read_bytes() == content for name, content in sides.items())
+
+
+def test_an_export_on_a_full_disk_leaves_the_older_folder(world, tmp_path):
+    weights, dtypes = {"w": torch.zeros(1024, 1024)}, {"w": torch.float32}
+    export_weights(weights, dtypes, tmp_path / "model", world, {"config.json": b"older"})
+    before = (tmp_path / "model/model.safetensors").read_bytes()
+    with full_disk(2**20), pytest.raises(UserError, match="model could not be written to a disk"):
+        export_weights({"w": weights["w"] + 1}, dtypes, tmp_path / "model", world, {})
+    assert (tmp_path / "model/model.safetensors").read_bytes() == before
+    assert (tmp_path / "model/config.json").read_bytes() == b"older"
