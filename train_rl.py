@@ -39,7 +39,6 @@ from infra.optim import learning_rate_at, make_optimizer, update
 from infra.run import PhaseTimer, RunFolder
 from infra.video import DecoderPool
 from model import (
-    PACKED_METHODS,
     enable_checkpointing,
     group_logprobs,
     load_model,
@@ -318,7 +317,7 @@ def train(config: RLConfig, world: World) -> bool:
 
 def load_policy_and_reference(config: RLConfig, world: World):
     """The policy to train, and the same checkpoint frozen, for ever as it was loaded."""
-    sharding = partial(shard, world=world, forward_methods=PACKED_METHODS)
+    sharding = partial(shard, world=world)
     policy = load_model(
         config.model, world.device, shard=partial(sharding, freeze_vision=config.freeze_vision)
     )

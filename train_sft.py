@@ -25,7 +25,6 @@ from infra.optim import learning_rate_at, make_optimizer, update
 from infra.run import PhaseTimer, RunFolder
 from infra.video import DecoderPool
 from model import (
-    PACKED_METHODS,
     enable_checkpointing,
     forbidden_tokens,
     load_model,
@@ -87,9 +86,7 @@ def train(config: SFTConfig, world: World) -> bool:
     this_run = RunFolder(config, world, "sft")
     if this_run.is_finished(total_steps):
         return True
-    sharding = partial(
-        shard, world=world, forward_methods=PACKED_METHODS, freeze_vision=config.freeze_vision
-    )
+    sharding = partial(shard, world=world, freeze_vision=config.freeze_vision)
     model = load_model(config.model, world.device, shard=sharding)
     if config.activation_checkpointing:
         enable_checkpointing(model)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from infra.distributed import process_group
-from model import PACKED_METHODS, load_model, shard
+from model import load_model, shard
 
 
 def resident(kind):
@@ -24,7 +24,7 @@ with process_group(timeout=120) as world:
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     model = load_model(
-        sys.argv[1], world.device, shard=partial(shard, world=world, forward_methods=PACKED_METHODS)
+        sys.argv[1], world.device, shard=partial(shard, world=world)
     )
     own = sum(parameter.to_local().nbytes for parameter in model.parameters())
     whole = sum(parameter.nbytes for parameter in model.parameters())

@@ -10,12 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import model as model_module
 from infra.checkpoint import export_model
 from infra.distributed import process_group
 from infra.errors import UnusableSample
 from model import (
-    TokenLogprobs,
     enable_checkpointing,
     forbidden_tokens,
     group_logprobs,
@@ -130,65 +128,6 @@ def test_vision_runs_once_whatever_the_number_of_prompts(toy_folder, base, token
     prompts = plain.toy_prompts(toy_folder, tokenizer, ["video", "image", "video"])
     group_logprobs(model, prompts, *responses([[2, 3]] * 3))
     assert len(calls) == 1
-
-
-def test_logits_exist_in_blocks_only(toy_folder, base, tokenizer, monkeypatch):
-    model = plain.shake(load_model(str(base), CPU))
-    prompts = plain.toy_prompts(toy_folder, tokenizer, ["video"])
-    ids, mask = responses([[9, 8, 7]])
-
-    def both():
-        model.zero_grad()
-        logps = group_logprobs(model, prompts, ids, mask)
-        (logps * torch.arange(logps.numel()).view_as(logps)).sum().backward()
-        return logps.detach(), [parameter.grad for parameter in model.parameters()]
-
-    whole, whole_grads = both()
-    shapes, make_logits = [], model_module._logits
-
-    def counted(*arguments):
-        logits = make_logits(*arguments)
-        shapes.append(tuple(logits.shape))
-        return logits
-
-    vocabulary = len(model.lm_head.weight)
-    monkeypatch.setattr(model_module, "_logits", counted)
-    monkeypatch.setattr(model_module, "MIN_BLOCK", 1)
-    monkeypatch.setitem(model_module.LOGITS_PER_BLOCK, "cpu", 24 * (vocabulary // 2 - 1))
-    in_blocks, grads = both()
-    # 24 response tokens, none for the prompt; once forward and once backward.
-    widths = [vocabulary // 2 - 1] * 2 + [vocabulary - 2 * (vocabulary // 2 - 1)]
-    assert shapes == [(24, width) for width in widths] * 2
-    torch.testing.assert_close(in_blocks, whole, atol=1e-6, rtol=0)
-    for mine, other in zip(grads, whole_grads, strict=True):
-        torch.testing.assert_close(mine, other, atol=1e-5 * float(other.abs().max()), rtol=1e-5)
-
-
-@pytest.mark.parametrize("width", [1, 3, 11])
-def test_token_logprobs_against_autograd(width, monkeypatch):
-    monkeypatch.setattr(model_module, "MIN_BLOCK", 1)
-    monkeypatch.setitem(model_module.LOGITS_PER_BLOCK, "cpu", 7 * width)
-    generator = torch.Generator().manual_seed(0)
-    hidden, weight = (torch.randn(rows, 6, generator=generator, dtype=torch.float64)
-                      for rows in (7, 11))  # fmt: skip
-    targets, forbidden = torch.tensor([1, 3, 3, 0, 10, 5, 9]), [2, 4]
-    grad = torch.randn(7, generator=generator)
-    results = []
-    for fast in (True, False):
-        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
-        if fast:
-            logps = TokenLogprobs.apply(*leaves, targets, forbidden)
-        else:
-            logits = (leaves[0] @ leaves[1].T).index_fill(
-                1, torch.tensor(forbidden), -torch.inf
-            )
-            logps = logits.log_softmax(1).gather(1, targets[:, None])[:, 0]
-        logps.backward(grad.to(logps.dtype))
-        results.append([logps.detach().double(), *(leaf.grad for leaf in leaves)])
-    for mine, other in zip(*results, strict=True):
-        torch.testing.assert_close(mine, other, atol=1e-6, rtol=1e-5)
-    empty = TokenLogprobs.apply(hidden[:0], weight, targets[:0], forbidden)
-    assert empty.shape == (0,)
 
 
 def test_activation_checkpointing_changes_no_gradient(toy_folder, base, tokenizer):

@@ -7,7 +7,7 @@ from transformers import GenerationConfig
 
 import sampling
 from model import end_tokens, group_logprobs, load_model, load_tokenizer
-from sampling import derive_seed, draw_tokens, fast_linear, invert_cumulative, sample_groups
+from sampling import derive_seed, draw_tokens, sample_groups
 
 CPU = torch.device("cpu")
 NEARLY_GREEDY = {"temperature": 1e-4, "top_p": 1e-3}
@@ -121,24 +121,6 @@ def test_a_row_depends_on_its_own_key_alone(toy_folder, model, tokenizer):
     assert len(texts) == 8  # eight keys, eight responses
 
 
-@pytest.mark.parametrize("vocabulary", [501, 400_000])  # one part, three of them
-def test_fast_linear_gives_the_same_logits(vocabulary):
-    generator = torch.Generator().manual_seed(1)
-    linear = torch.nn.Linear(24, vocabulary, bias=False)
-    fast = fast_linear(linear)
-    for rows in (1, 8, 12, 33):
-        hidden = torch.randn(rows, 1, 24, generator=generator)
-        with torch.no_grad():
-            found, expected = fast(hidden), linear(hidden)
-        assert found.is_contiguous() and found.shape == (rows, 1, vocabulary)
-        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
-
-
-def test_fast_linear_is_for_float32_on_cpu_alone():
-    for other in (torch.nn.Linear(2, 3).bfloat16(), torch.nn.Linear(2, 3, device="meta")):
-        assert fast_linear(other) == other.forward
-
-
 def test_generate_leaves_the_model_as_it_was(toy_folder, model, tokenizer, monkeypatch):
     prompts = plain.toy_prompts(toy_folder, tokenizer, ["video"])
     settings = model.generation_config
@@ -208,13 +190,6 @@ def test_logits_that_are_nan_are_an_error(toy_folder, base, tokenizer):
         sample_groups(model, tokenizer, prompts, keys(1, 2), 3)
 
 
-def test_the_checkpoints_generation_config_is_left_alone(toy_folder, model, tokenizer):
-    before = model.generation_config
-    (prompt,) = plain.toy_prompts(toy_folder, tokenizer, ["video"])
-    sample_groups(model, tokenizer, [prompt], keys(1, 1), 1)
-    assert model.generation_config is before
-
-
 # ------------------------------------------------------------------------------------ draw_tokens
 
 LOGITS = torch.tensor([[0.5, 0.3, 0.2, 0.0]]).log()  # the last token is forbidden
@@ -243,35 +218,6 @@ def test_draw_tokens_by_hand(u, settings, token):
     assert tokens.tolist() == [token]
     expected = (LOGITS / settings.get("temperature", 1.0)).log_softmax(-1)[0, token]
     torch.testing.assert_close(logps[0], expected)
-
-
-@pytest.mark.parametrize("vocabulary", [1, 2, 127, 128, 129, 1000, 151936])
-@pytest.mark.parametrize("zeros", [0.0, 0.9])
-def test_two_levels_draw_what_one_cumulative_sum_draws(vocabulary, zeros):
-    generator = torch.Generator().manual_seed(vocabulary)
-    weights = torch.randn(16, vocabulary, generator=generator).exp()
-    weights[torch.rand(16, vocabulary, generator=generator) < zeros] = 0
-    weights[:, vocabulary // 2] = 1  # one at least
-    uniforms = torch.rand(16, 1, generator=generator, dtype=torch.float64)
-    uniforms[0], uniforms[1] = 0.0, 1 - 2**-53
-    cumulative = weights.cumsum(-1, dtype=torch.float64)
-    goal = uniforms * cumulative[:, -1:]
-    expected = torch.searchsorted(cumulative, goal, right=True)
-    found = invert_cumulative(weights, uniforms)
-    assert torch.equal(found, expected)
-    assert (weights.gather(-1, found) > 0).all()
-
-
-@pytest.mark.parametrize("u", [0.0, 0.3, 0.7, 1 - 2**-53])
-def test_a_block_of_rounded_mass_still_gives_a_token_of_weight(u):
-    """float32 sums to 2 where the exact sum is 2 - 2^-24, or misses numbers that are tiny."""
-    weights = torch.zeros(3, 200)
-    weights[0, 5:7] = torch.tensor([1.0, 1 - 2**-24])
-    weights[1, 130], weights[1, 140:] = 1.0, 1e-9
-    weights[2, 199] = 1e-38
-    found = invert_cumulative(weights, torch.full((3, 1), u, dtype=torch.float64))
-    assert (weights.gather(-1, found) > 0).all()
-    assert found[2] == 199
 
 
 def test_derive_seed_tells_keys_apart():
