@@ -1,12 +1,16 @@
 """Rollouts: the shared prefill against plain decoding, samples against the policy's softmax."""
 
+import dataclasses
+from functools import partial
+
 import plain
 import pytest
 import torch
 from transformers import GenerationConfig
 
 import sampling
-from model import end_tokens, group_logprobs, load_model, load_tokenizer
+from infra.distributed import process_group, unsharded
+from model import end_tokens, group_logprobs, load_model, load_tokenizer, shard
 from sampling import derive_seed, draw_tokens, sample_groups
 
 CPU = torch.device("cpu")
@@ -101,14 +105,42 @@ def test_first_tokens_fit_the_policys_softmax(toy_folder, base, tokenizer):
     assert fit(counts, (logits / 1.2).softmax(-1)) < 0.001
 
 
+def stacked(rollouts):
+    """Completion ids, mask and sampler_logps of several prompts, each (P, G, T)."""
+    names = ("completion_ids", "completion_mask", "sampler_logps")
+    return [torch.stack([getattr(rollout, name) for rollout in rollouts]) for name in names]
+
+
 def test_sampler_logps_equal_the_training_pass(toy_folder, model, tokenizer):
     prompts = plain.toy_prompts(toy_folder, tokenizer, ["video", "image"])
     rollouts = sample_groups(model, tokenizer, prompts, keys(2, 5), 12)
-    ids = torch.stack([rollout.completion_ids for rollout in rollouts])
-    mask = torch.stack([rollout.completion_mask for rollout in rollouts])
-    sampled = torch.stack([rollout.sampler_logps for rollout in rollouts])
+    ids, mask, sampled = stacked(rollouts)
     logps = group_logprobs(model, prompts, ids, mask)
     torch.testing.assert_close(logps, sampled, atol=1e-5, rtol=0)
+
+
+def test_sampler_logps_equal_the_training_pass_in_bfloat16(toy_folder, base, tokenizer):
+    prompts = plain.toy_prompts(toy_folder, tokenizer, ["video", "image"])
+    with process_group() as world:
+        world = dataclasses.replace(world, dtype=torch.bfloat16)
+        model = load_model(base, CPU, shard=partial(shard, world=world))
+        with unsharded(model):
+            rollouts = sample_groups(model, tokenizer, prompts, keys(2, 5), 12)
+        ids, mask, sampled = stacked(rollouts)
+        logps = group_logprobs(model, prompts, ids, mask)
+    torch.testing.assert_close(logps, sampled, atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize(("kinds", "padded"), [(["video", "image"], True), (["video"] * 2, False)])
+def test_decoding_has_no_mask_where_nothing_is_padded(toy_folder, model, tokenizer, kinds, padded):
+    masks = []
+    hook = model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    prompts = plain.toy_prompts(toy_folder, tokenizer, kinds)
+    sample_groups(model, tokenizer, prompts, keys(2, 1), 3)
+    hook.remove()
+    assert [mask is not None for mask in masks] == [padded] * 3
 
 
 def test_a_row_depends_on_its_own_key_alone(toy_folder, model, tokenizer):
