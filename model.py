@@ -1,11 +1,11 @@
-"""Qwen2.5-VL: loading, positions, the one vision call, packed log-probabilities.
+"""All that knows Qwen2.5-VL: positions, packed log-probabilities, tokens, sharding plan, loading.
 
 A group is one prompt and its G responses. All groups of a call form one row of tokens,
 
     [prompt 1][response 1.1]..[response 1.G][prompt 2][response 2.1]..
 
-in which a response token sees its own prompt and its own response, and nothing else. A prompt is
-thus computed once rather than G times, no layer but attention sees padding, and the vision tower
+in which a response token attends to its own prompt and its own response, and nothing else. A prompt
+is thus computed once rather than G times, no layer but attention sees padding, and the vision tower
 runs once per call, which also makes the number of sharded forward passes the same on every rank.
 
 Shapes: P prompts, G responses each, T positions of a response (right-padded), S prompt tokens,
@@ -13,12 +13,13 @@ N tokens of the packed row, M response tokens among them, D hidden size, V vocab
 """
 
 import json
-import math
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MethodType
 
 import torch
+import torch.distributed.checkpoint as dcp
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
@@ -28,7 +29,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -43,16 +44,12 @@ from transformers.masking_utils import sdpa_mask
 
 from infra.checkpoint import export_weights
 from infra.distributed import World
-from infra.errors import UnusableSample, UserError
+from infra.errors import UnusableSample, UserError, require
 from infra.flags import neutral_flags
+from infra.fused import suffix_attention, token_logprobs
 
-# Logits of so many (token, vocabulary) pairs exist at a time: 128 MiB in float32 keep a GPU busy,
-# 4 MiB stay in a CPU's cache. A product with fewer columns than MIN_BLOCK would be slow.
-LOGITS_PER_BLOCK = {"cuda": 2**25, "cpu": 2**20}
-MIN_BLOCK = 1024
-NO_POINTWISE = ("none", [], "")  # oneDNN's product can end with a function: its name, its settings
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]  # no code, nothing pickled
-PACKED = "packed"  # the name of our attention among those of transformers
+PACKED = "packed"  # the name of our attention in transformers' registry
 
 
 # ------------------------------------------------------------------------------------- positions
@@ -61,10 +58,10 @@ PACKED = "packed"  # the name of our attention among those of transformers
 def rope_positions(prompt, tokens_per_second: int = 2, merge_size: int = 2) -> Tensor:
     """Qwen2.5-VL's multimodal rotary positions (time, height, width) of a prompt.
 
-    Text counts on all three axes. A vision token at (t, h, w) of the merged grid, after text that
-    ended before position p, has p + (floor(t * seconds_per_grid * tokens_per_second), h, w); an
-    image has t = 0. The text behind goes on at the largest position so far + 1, which is the rule
-    that the published weights were trained with; transformers 5 goes on at p + max(H, W) instead.
+    Text counts up on all three axes. A vision token at (t, h, w) of the merged grid, after text
+    that ended before position p, has p + (floor(t * seconds_per_grid * tokens_per_second), h, w);
+    an image has t = 0. Text after a video starts at the largest position so far + 1, the rule that
+    the published weights were trained with; transformers 5 starts it at p + max(H, W) instead.
 
     Args:
         prompt: a Prompt, or anything with its fields input_ids (S,), vision_start, grid_thw (3,),
@@ -73,7 +70,7 @@ def rope_positions(prompt, tokens_per_second: int = 2, merge_size: int = 2) -> T
         int64 (3, S).
 
     Example: two text tokens, a merged grid of 4 x 2 x 2 at 1.5 seconds per grid, two tokens a
-    second, then text: the grids stand at times 2, 5, 8, 11 and the text goes on at 12.
+    second, then text: the grids are at times 2, 5, 8, 11 and the text starts at 12.
     """
     t, h, w = (int(x) for x in prompt.grid_thw)
     h, w = h // merge_size, w // merge_size
@@ -90,9 +87,9 @@ def rope_positions(prompt, tokens_per_second: int = 2, merge_size: int = 2) -> T
 
 
 def require_room(prompt, num_new_tokens: int, config) -> None:
-    """Raise UnusableSample unless a prompt and a response fit into the model's positions.
+    """Raise UnusableSample unless prompt and response fit into the model's positions.
 
-    A prompt is never cut: it holds vision tokens, and their features would have no place.
+    A prompt is never truncated: it holds vision tokens, whose features would have no place.
     """
     tokens_per_second = config.vision_config.tokens_per_second
     positions = int(rope_positions(prompt, tokens_per_second).max()) + 1
@@ -113,27 +110,24 @@ class Segment:
     """One group's part of the packed row.
 
     start, length: of its prompt, in tokens.
-    slots: int64 (G, T), the row's index of every response token, padding pointing anywhere.
+    slots: int64 (G, T), the row's index of every response token; padding points anywhere.
     places: int64 (real tokens,), where the real ones are in slots.flatten(). None: no responses.
     """
 
     start: int
     length: int
-    slots: Tensor | None
-    places: Tensor | None
-
-    def to(self, device: torch.device) -> "Segment":
-        return _move(self, device)
+    slots: Tensor | None = None
+    places: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Pack:
     """The packed row of several groups.
 
-    vision_places: where the placeholders are. vision_features: the feature of each, since prompts
-    that hold the same pixel_values (the tensor itself, as questions on one clip do) share their
-    features, and pixel_values and grid_thw have them once. sources, targets: for each response
-    token the row's index that predicts it, and its id.
+    vision_places: where the placeholders are. vision_features: the feature of each; prompts that
+    hold the same pixel_values (the tensor itself, as several questions on one video do) share their
+    features. sources, targets: for each response token the row's index that predicts it, and its
+    id.
     """
 
     input_ids: Tensor  # int64 (N,)
@@ -147,50 +141,46 @@ class Pack:
     targets: Tensor  # int64 (M,)
 
     def to(self, device: torch.device) -> "Pack":
-        segments = [segment.to(device) for segment in self.segments]
-        return replace(_move(self, device), segments=segments)
+        segments = [_to(segment, device) for segment in self.segments]
+        return replace(_to(self, device), segments=segments)
 
 
-def _move(record, device: torch.device):
+def _to(record, device: torch.device):
     """A copy of a dataclass with its tensors on a device."""
     tensors = {name: value for name, value in vars(record).items() if isinstance(value, Tensor)}
-    if device.type == "cuda":  # from pinned memory the GPU takes them while Python goes on
-        tensors = {name: value.pin_memory() for name, value in tensors.items()}
-    moved = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
-    return replace(record, **moved)
+    return replace(record, **{name: value.to(device) for name, value in tensors.items()})
 
 
 def pack_groups(prompts: list, responses: list[list[Tensor]], tokens_per_second: int = 2) -> Pack:
     """Lay P prompts and their responses (int64 ids, each without padding) out in one row.
 
     Raises:
-        UserError: a prompt's placeholders are not as many as its merged patches; names it.
+        UserError: a prompt has not one placeholder per merged patch; names its sample.
     """
-    ids, positions, segments, places, sources, targets = [], [], [], [], [], []
-    shown = {id(prompt.pixel_values): prompt for prompt in prompts}  # each clip once
-    counts = torch.tensor([prompt.num_vision_tokens for prompt in shown.values()])
-    firsts = dict(zip(shown, (counts.cumsum(0) - counts).tolist(), strict=True))
-    features = []
+    ids, positions, segments, places, features, sources = [], [], [], [], [], []
+    distinct = {id(prompt.pixel_values): prompt for prompt in prompts}  # each video once
+    counts = torch.tensor([prompt.num_vision_tokens for prompt in distinct.values()])
+    first_feature = dict(zip(distinct, (counts.cumsum(0) - counts).tolist(), strict=True))
     start = 0
     for prompt, group in zip(prompts, responses, strict=True):
         _check_placeholders(prompt)
+        length = len(prompt.input_ids)
         prompt_positions = rope_positions(prompt, tokens_per_second)  # (3, S)
-        end = start + len(prompt.input_ids)
-        ids.append(prompt.input_ids)
+        ids += [prompt.input_ids, *group]
         positions.append(prompt_positions)
-        tokens = torch.arange(prompt.num_vision_tokens)
-        places.append(start + prompt.vision_start + tokens)
-        features.append(firsts[id(prompt.pixel_values)] + tokens)
         for response in group:
-            ids.append(response)
             after = torch.arange(len(response)) + prompt_positions.max() + 1
             positions.append(after.expand(3, -1))
-        segments.append(_segment(start, len(prompt.input_ids), [len(r) for r in group]))
+        tokens = torch.arange(prompt.num_vision_tokens)
+        places.append(start + prompt.vision_start + tokens)
+        features.append(first_feature[id(prompt.pixel_values)] + tokens)
+        segments.append(_segment(start, length, [len(response) for response in group]))
+        end = start + length
         for response in group:
-            if len(response):  # its first token is predicted by the prompt's last
-                sources += [torch.tensor([start + len(prompt.input_ids) - 1])]
-                sources += [torch.arange(end, end + len(response) - 1)]
-                targets.append(response)
+            # The prompt's last token predicts the first one, each token the next.
+            index = torch.arange(end - 1, end - 1 + len(response))
+            index[:1] = start + length - 1
+            sources.append(index)
             end += len(response)
         start = end
     none = torch.empty(0, dtype=torch.long)
@@ -200,75 +190,77 @@ def pack_groups(prompts: list, responses: list[list[Tensor]], tokens_per_second:
         segments=segments,
         vision_places=torch.cat(places),
         vision_features=torch.cat(features),
-        pixel_values=torch.cat([prompt.pixel_values for prompt in shown.values()]),
-        grid_thw=torch.stack([prompt.grid_thw for prompt in shown.values()]),
+        pixel_values=torch.cat([prompt.pixel_values for prompt in distinct.values()]),
+        grid_thw=torch.stack([prompt.grid_thw for prompt in distinct.values()]),
         sources=torch.cat([none, *sources]),
-        targets=torch.cat([none, *targets]),
+        targets=torch.cat([none, *(response for group in responses for response in group)]),
     )
 
 
 def _segment(start: int, length: int, response_lengths: list[int]) -> Segment:
     if not any(response_lengths):
-        return Segment(start, length, None, None)
+        return Segment(start, length)
     lengths = torch.tensor(response_lengths)
     firsts = start + length + lengths.cumsum(0) - lengths  # (G,)
     steps = torch.arange(int(lengths.max()))
     real = steps < lengths[:, None]  # (G, T)
-    slots = torch.where(real, firsts[:, None] + steps, start)
+    # Padding is spread over the prompt: the backward pass adds its zeros up where it points, and
+    # thousands of additions to one token would wait for each other.
+    slots = torch.where(real, firsts[:, None] + steps, start + steps % length)
     return Segment(start, length, slots, real.flatten().nonzero()[:, 0])
 
 
 def _check_placeholders(prompt) -> None:
-    """No model trains blind: the run of placeholders is as long as the vision features."""
+    """One placeholder per merged patch, in one run."""
     start, count = prompt.vision_start, prompt.num_vision_tokens
     if not count:  # plain text, such as a judge's
         return
-    token = prompt.input_ids[start]
-    found = int((prompt.input_ids == token).sum())
-    if found != count or not bool((prompt.input_ids[start : start + count] == token).all()):
+    is_placeholder = prompt.input_ids == prompt.input_ids[start]
+    found = int(is_placeholder.sum())
+    if found != count or not bool(is_placeholder[start : start + count].all()):
         raise UserError(
             f"problem {prompt.sample.problem_id} (row {prompt.sample.row}): {found} placeholders "
             f"in its prompt, {count} vision features"
         )
 
 
-def packed_attention(module, query, key, value, attention_mask, segments=None, **kwargs):
+def packed_attention(
+    module, query, key, value, attention_mask, segments=None, scaling=None, dropout=0.0, **kwargs
+):
     """Attention of a packed row; without `segments` it is transformers' own SDPA attention.
 
-    Cut into one call per prompt and one per group of responses, since a mask over the whole row
-    would pay for every pair of responses: (S + G T)^2 scores rather than S^2 + G T (S + T).
+    One call per prompt and one per group of responses: a mask over the whole row would pay for
+    every pair of responses, (S + G T)^2 scores rather than S^2 + G T (S + T).
 
     Args:
         query: (1, heads, N, head size). key, value: (1, key-value heads, N, head size).
         segments: of the Pack.
     Returns:
-        (1, N, heads, head size), and None in the place of the weights.
+        (1, N, heads, head size), and None in place of the attention weights.
     """
+    settings = {"scaling": scaling, "dropout": dropout, **kwargs}
     if segments is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+    settings = {"scale": scaling, "dropout_p": dropout}
     outputs = []  # each (tokens, heads, head size)
     for segment in segments:
         prompt = slice(segment.start, segment.start + segment.length)
         prompt_key, prompt_value = key[:, :, prompt], value[:, :, prompt]
-        output, _ = sdpa_attention_forward(  # no mask means causal
-            module, query[:, :, prompt], prompt_key, prompt_value, None, **kwargs
-        )
-        outputs.append(output[0])
+        output = scaled_dot_product_attention(
+            query[:, :, prompt], prompt_key, prompt_value, is_causal=True, enable_gqa=True,
+            **settings,
+        )  # fmt: skip
+        outputs.append(output[0].transpose(0, 1))
         if segment.slots is None:
             continue
-        group_size, width = segment.slots.shape
-        seen = torch.ones(width, segment.length + width, dtype=torch.bool, device=query.device)
-        output, _ = sdpa_attention_forward(  # causal, the prompt in full; (G, T, heads, head size)
-            module,
-            _rows(query, segment.slots),
-            torch.cat([prompt_key.expand(group_size, -1, -1, -1), _rows(key, segment.slots)], 2),
-            torch.cat(
-                [prompt_value.expand(group_size, -1, -1, -1), _rows(value, segment.slots)], 2
-            ),
-            seen.tril(segment.length)[None, None],
-            **kwargs,
-        )
-        outputs.append(output.flatten(0, 1).index_select(0, segment.places))
+        group_size = len(segment.slots)
+        keys = [prompt_key.expand(group_size, -1, -1, -1), _rows(key, segment.slots)]
+        values = [prompt_value.expand(group_size, -1, -1, -1), _rows(value, segment.slots)]
+        output = suffix_attention(
+            _rows(query, segment.slots), torch.cat(keys, 2), torch.cat(values, 2), **settings
+        )  # (G, heads, T, head size)
+        output = output.transpose(1, 2).flatten(0, 1)
+        outputs.append(output.index_select(0, segment.places))
     return torch.cat(outputs)[None], None
 
 
@@ -279,28 +271,25 @@ def _rows(states: Tensor, slots: Tensor) -> Tensor:
 
 
 AttentionInterface.register(PACKED, packed_attention)
-# For generate, whose rows are left-padded: under a name without a mask there would be none.
+# For generate, whose rows are left-padded: a name without a mask function would get no mask.
 AttentionMaskInterface.register(PACKED, sdpa_mask)
 
 
 def enable_packing(model: Qwen2_5_VLForConditionalGeneration) -> None:
-    """Give a model our attention and our two forward passes. Once is enough; twice is harmless.
+    """Give a model our attention and our two forward passes. Idempotent.
 
     They are bound as methods because FSDP gathers the weights around methods of the sharded
-    module (distributed.shard registers them), not around functions that take it as an argument.
+    module (see shard), not around functions that take it as an argument.
     """
     model.model.language_model.config._attn_implementation = PACKED
     model.packed_prefill = MethodType(packed_prefill, model)
     model.packed_logprobs = MethodType(packed_logprobs, model)
 
 
-PACKED_METHODS = ("packed_prefill", "packed_logprobs")
-
-
 def enable_checkpointing(model: Qwen2_5_VLForConditionalGeneration) -> None:
     """Recompute each decoder layer and vision block in the backward pass (in train mode only)."""
-    renamed_in = "activation_checkpointing_enable"  # transformers 5.23; the old name still in 5.17
-    enable = getattr(model, renamed_in, None) or model.gradient_checkpointing_enable
+    renamed = "activation_checkpointing_enable"  # transformers 5.23; the old name in 5.17
+    enable = getattr(model, renamed, None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
 
@@ -339,97 +328,14 @@ def packed_logprobs(model, pack: Pack, forbidden: list[int]) -> Tensor:
     # The last prompt token predicts the first token of all G responses: the backward of
     # index_select adds up such repeats in a fixed order, that of hidden[sources] does not.
     hidden = hidden.index_select(0, pack.sources)  # (M, D)
-    return TokenLogprobs.apply(hidden, model.lm_head.weight, pack.targets, forbidden)
-
-
-class TokenLogprobs(torch.autograd.Function):
-    """log softmax(hidden @ weight.T)[targets] in float32, forbidden tokens at -inf.
-
-    Logits exist for a block of the vocabulary at a time, and are made again in the backward pass.
-    There, with p the softmax and y the one-hot target, d logp / d logits = y - p takes their place.
-    Each block of weight.grad is written once. A loop over blocks of tokens would add to all of it
-    again and again.
-    """
-
-    @staticmethod
-    def forward(
-        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, forbidden: list[int]
-    ) -> Tensor:
-        """hidden: (M, D). weight: (V, D). targets: int64 (M,). Returns (M,)."""
-        chosen = torch.zeros(len(hidden), device=hidden.device)
-        normalisers = []
-        for block in _vocabulary_blocks(hidden, weight):
-            logits = _logits(hidden, weight, block, forbidden)  # (M, tokens of the block)
-            inside, columns = _targets_in(block, targets)
-            chosen = torch.where(inside, logits.gather(1, columns[:, None])[:, 0], chosen)
-            normalisers.append(logits.logsumexp(1))
-        normaliser = torch.stack(normalisers, 1).logsumexp(1)
-        ctx.save_for_backward(hidden, weight, targets, normaliser)
-        ctx.forbidden = forbidden
-        return chosen - normaliser
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        hidden, weight, targets, normaliser = ctx.saved_tensors
-        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)  # a sum over the blocks
-        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        # -grad, the sign of p - y, goes to the (M, D) side of both products: a pass over V less.
-        scaled = (hidden * -grad[:, None]).to(hidden.dtype)
-        for block in _vocabulary_blocks(hidden, weight):
-            logits = _logits(hidden, weight, block, ctx.forbidden)
-            probabilities = logits.sub_(normaliser[:, None]).exp_()
-            inside, columns = _targets_in(block, targets)
-            probabilities.scatter_add_(1, columns[:, None], -inside.float()[:, None])  # p - y
-            difference = probabilities.to(hidden.dtype)
-            grad_hidden += linear(difference, weight[block].T)
-            if grad_weight is not None:
-                torch.mm(difference.T, scaled, out=grad_weight[block])
-        grad_hidden = grad_hidden.mul_(-grad[:, None]).to(hidden.dtype)
-        return grad_hidden, grad_weight, None, None
-
-
-def _vocabulary_blocks(hidden: Tensor, weight: Tensor) -> list[slice]:
-    """Slices of the vocabulary with LOGITS_PER_BLOCK logits each, of all tokens."""
-    width = max(MIN_BLOCK, LOGITS_PER_BLOCK[hidden.device.type] // max(1, len(hidden)))
-    return [slice(start, start + width) for start in range(0, len(weight), width)]
-
-
-def _logits(hidden: Tensor, weight: Tensor, block: slice, forbidden: list[int]) -> Tensor:
-    logits = linear(hidden, weight[block]).float()
-    for token in forbidden:
-        if block.start <= token < block.stop:
-            logits[:, token - block.start] = -torch.inf
-    return logits
-
-
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.T, without gradient: (M, D) and (N, D) to (M, N).
-
-    For float32 on CPU by oneDNN, a fifth faster on AMD than MKL, which torch.mm takes. The operator
-    is the one that torch.compile puts in the place of a linear layer.
-    """
-    if has_onednn(x):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, *NO_POINTWISE)
-    return x @ weight.T
-
-
-def has_onednn(x: Tensor) -> bool:
-    """Whether oneDNN multiplies these: float32 on CPU, in a build of torch that has it."""
-    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
-    return on_cpu and torch.backends.mkldnn.is_available()
-
-
-def _targets_in(block: slice, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Which targets lie in a block, bool (M,), and their columns in it, int64 (M,), else 0."""
-    inside = (targets >= block.start) & (targets < block.stop)
-    return inside, torch.where(inside, targets - block.start, 0)
+    return token_logprobs(hidden, model.lm_head.weight, pack.targets, forbidden)
 
 
 def group_logprobs(model, prompts: list, completion_ids: Tensor, completion_mask: Tensor) -> Tensor:
     """log pi(o_t | prompt, o_<t) of every token of every response: the pi of Eq. 4.
 
-    Equal to running each response behind its own copy of the prompt, pixels included (the tests
-    do so), at the cost of one prompt per group.
+    Equal to running each response after its own copy of the prompt, pixels included (the tests do
+    so), at the cost of one prompt per group.
 
     Args:
         model: a Qwen2.5-VL, sharded or not. prompts: list of P Prompts.
@@ -441,8 +347,8 @@ def group_logprobs(model, prompts: list, completion_ids: Tensor, completion_mask
         enable_packing(model)
     mask = completion_mask.bool()
     lengths = mask.sum(-1)  # (P, G)
-    places = torch.arange(mask.shape[-1], device=mask.device)
-    assert torch.equal(mask, places < lengths[..., None]), "completion_mask must be right-padded"
+    steps = torch.arange(mask.shape[-1], device=mask.device)
+    assert torch.equal(mask, steps < lengths[..., None]), "completion_mask must be right-padded"
     responses = [
         [ids[:length].cpu() for ids, length in zip(group_ids, group_lengths, strict=True)]
         for group_ids, group_lengths in zip(completion_ids, lengths.tolist(), strict=True)
@@ -494,11 +400,7 @@ def end_tokens(model) -> list[int]:
 
 
 def shard(
-    model: nn.Module,
-    world: World,
-    forward_methods: tuple[str, ...] = ("packed_prefill", "packed_logprobs"),
-    trainable: bool = True,
-    freeze_vision: bool = False,
+    model: nn.Module, world: World, trainable: bool = True, freeze_vision: bool = False
 ) -> None:
     """Shard a Qwen2.5-VL in place: a group per decoder layer, per vision block, and the rest.
 
@@ -506,9 +408,8 @@ def shard(
     and a group of lm_head's own would be gathered once per block of the vocabulary.
 
     Args:
-        forward_methods: methods of `model` that FSDP gathers the weights around, as for forward.
-        trainable: False for a frozen reference. freeze_vision: the vision tower learns nothing,
-            and has neither gradients nor a part in the optimizer.
+        trainable: False for a frozen reference.
+        freeze_vision: the vision tower has neither gradients nor a part in the optimizer.
     """
     precision, vision_precision = MixedPrecisionPolicy(), MixedPrecisionPolicy()
     if world.dtype == torch.bfloat16:
@@ -524,7 +425,7 @@ def shard(
         fully_shard(layer, mesh=mesh, mp_policy=precision)
     # The root's weights are needed again at once in the backward pass, but a reference has none.
     fully_shard(model, mesh=mesh, mp_policy=vision_precision, reshard_after_forward=not trainable)
-    for name in forward_methods:
+    for name in ("packed_prefill", "packed_logprobs"):
         register_fsdp_forward_method(model, name)
     model.requires_grad_(trainable)
     if freeze_vision:
@@ -543,37 +444,31 @@ def resolve_folder(name: str) -> Path:
     """
     folder = Path(name)
     if not folder.is_dir():
-        if folder.exists() or name.count("/") != 1 or name.startswith((".", "/")):
-            raise UserError(f"--model {name} is neither a folder nor a Hub id")
-        folder = _download(name)
+        is_hub_id = not folder.exists() and name.count("/") == 1 and name[0] not in "./"
+        require(is_hub_id, f"--model {name} is neither a folder nor a Hub id")
+        try:
+            folder = Path(snapshot_download(name, allow_patterns=HUB_FILES))
+        except (OSError, HfHubHTTPError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"--model {name} is no folder here, and the Hub does not give it: {reason}"
+            ) from None
     config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise UserError(f"--model {name} holds no config.json: not a model folder")
-    model_type = _read_json(config_file).get("model_type")
-    if model_type != "qwen2_5_vl":
-        raise UserError(f"--model {name} is not a Qwen2.5-VL: its model_type is {model_type!r}")
+    require(config_file.is_file(), f"--model {name} holds no config.json: not a model folder")
+    kind = _read_json(config_file).get("model_type")
+    require(kind == "qwen2_5_vl", f"--model {name} is no Qwen2.5-VL: its model_type is {kind!r}")
     return folder
-
-
-def _download(name: str) -> Path:
-    try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
-    except (OSError, HfHubHTTPError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"--model {name} is no folder here, and the Hub does not give it: {reason}"
-        ) from None
 
 
 def load_model(name: str, device: torch.device, dtype: torch.dtype = torch.float32, shard=None):
     """A Qwen2.5-VL with the weights of a folder or a Hub id.
 
-    The module is built without memory, then cut by `shard`, and only then filled, tensor by
-    tensor: a rank never holds more than its own part and one whole tensor.
+    The module is built on the meta device, cut by `shard`, and only then filled: a rank allocates
+    its own part of the weights and reads only its own rows of the files.
 
     Args:
         dtype: of the parameters as they are kept.
-        shard: a function that shards the module in place (distributed.shard); None: whole.
+        shard: a function that shards the module in place (see shard); None: not sharded.
     Raises:
         UserError: no Qwen2.5-VL, or weights that do not fit its config; names the folder.
     """
@@ -598,7 +493,7 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype = torch.float
 
 
 def _rebuild_rotary_buffers(model: nn.Module, device: torch.device) -> None:
-    """Rotary frequencies are in no checkpoint: make them anew, they have no memory yet."""
+    """Rotary frequencies are in no checkpoint, and `to_empty` left them uninitialised."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if hasattr(child, "inv_freq"):
@@ -619,12 +514,12 @@ def weight_files(folder: Path) -> dict[str, Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         weight_map = _read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise UserError(f"--model: {index} holds no weight_map")
+        require(isinstance(weight_map, dict), f"--model: {index} holds no weight_map")
         return {name: folder / file for name, file in weight_map.items()}
     single = folder / "model.safetensors"
-    if not single.is_file():
-        raise UserError(f"--model {folder} holds neither model.safetensors nor an index of shards")
+    require(
+        single.is_file(), f"--model {folder} holds neither model.safetensors nor an index of shards"
+    )
     with open_weights(single) as file:
         return dict.fromkeys(file.keys(), single)
 
@@ -637,39 +532,38 @@ def open_weights(path: Path):
         raise UserError(f"--model: the weights in {path} cannot be read: {error}") from None
 
 
-@torch.no_grad()
 def _fill(model: nn.Module, folder: Path) -> None:
+    """Read a folder's weights into a model, in place, each rank its own rows."""
     files = weight_files(folder)
+    weights = {}
     for name, parameter in model.named_parameters():  # a tied weight comes once
-        # Newer folders may carry transformers 5's own names.
-        stored = next((key for key in (hub_name(name), name) if key in files), None)
-        if stored is None:
-            raise UserError(f"--model {folder} lacks the weight {hub_name(name)}")
-        # Opened anew for each tensor: what has been read leaves this process's memory again.
-        with open_weights(files[stored]) as file:
-            if stored not in file.keys():  # noqa: SIM118  it is no dict
-                raise UserError(f"--model: {files[stored]} lacks {stored}, which the index names")
-            weight = file.get_slice(stored)
-            if tuple(weight.get_shape()) != parameter.shape:
-                raise UserError(
-                    f"--model {folder}: {stored} is {tuple(weight.get_shape())}, its config.json "
-                    f"says {tuple(parameter.shape)}"
+        stored = name if name in files else hub_name(name)  # transformers 5 may have saved it
+        require(stored in files, f"--model {folder} lacks the weight {stored}")
+        weights[stored] = parameter.detach()
+    _check_weights(weights, files, folder)
+    with warnings.catch_warnings():  # it warns that no_dist was asked for
+        warnings.simplefilter("ignore")
+        dcp.load(weights, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
+
+
+def _check_weights(weights: dict[str, Tensor], files: dict[str, Path], folder: Path) -> None:
+    """Raise UserError unless each weight is in its file, in no other, and has its shape.
+
+    HuggingFaceStorageReader reads every *.safetensors of a folder and does not look at the index.
+    """
+    for path in sorted({*files.values(), *folder.glob("*.safetensors")}):
+        with open_weights(path) as file:
+            found = weights.keys() & set(file.keys())
+            for name in found:
+                require(files[name] == path, f"--model: {name} is in {path} and in {files[name]}")
+                shape = tuple(file.get_slice(name).get_shape())
+                expected = tuple(weights[name].shape)
+                require(
+                    shape == expected,
+                    f"--model {folder}: {name} is {shape}, its config.json says {expected}",
                 )
-            rows = _local_rows(parameter)  # every rank reads its own: nothing is sent
-            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            local.copy_(weight[rows])
-
-
-def _local_rows(parameter: Tensor) -> slice:
-    """The rows of a parameter that this rank holds. FSDP2 cuts the first dimension as torch.chunk
-    does: into parts of equal size, the last ones smaller or empty."""
-    count = parameter.shape[0]
-    if not isinstance(parameter, DTensor):
-        return slice(0, count)
-    # The last dimension of the mesh: where there is another, its ranks hold copies.
-    size, rank = parameter.device_mesh.size(-1), parameter.device_mesh.get_local_rank(-1)
-    rows = math.ceil(count / size)
-    return slice(min(rank * rows, count), min((rank + 1) * rows, count))
+        for name in weights.keys() - found:
+            require(files[name] != path, f"--model: {path} lacks {name}, which the index names")
 
 
 def load_tokenizer(name: str):

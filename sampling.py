@@ -2,14 +2,14 @@
 
 A token is drawn by inverting the cumulative distribution at one uniform number per row and step.
 The numbers come from a generator that is seeded for each row and depend neither on the batch nor
-on the rank; nor does the response, up to the rounding of batched products. torch.multinomial would
-cost 26 ms per token with Qwen's vocabulary and 12 rows on two CPU cores, this costs 1 ms.
+on the rank; nor does the response, up to the rounding of batched products.
 
 Shapes: P prompts, R rows (all responses of all prompts), S prompt tokens of the longest prompt,
-T tokens until all rows had ended, V vocabulary.
+T tokens until every row has hit an end token, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,17 +22,8 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
 from infra.errors import UserError
-from model import (
-    NO_POINTWISE,
-    Pack,
-    enable_packing,
-    end_tokens,
-    forbidden_tokens,
-    has_onednn,
-    pack_groups,
-)
-
-DRAW_BLOCK = 128  # tokens: near the square root of Qwen's vocabulary, and the sum of one is quick
+from infra.fused import fast_linear, invert_cumulative
+from model import Pack, enable_packing, end_tokens, forbidden_tokens, pack_groups
 
 
 @dataclass(frozen=True)
@@ -72,16 +63,15 @@ def draw_tokens(
         logits: float32 (R, V), -inf where a token is forbidden.
         uniforms: float64 (R,), in [0, 1).
         temperature: divides the logits. top_p: keep the most likely tokens, as few as have this
-            probability together (the first one at least). Nothing is sorted where 1 keeps all, or
-            where one token is enough in every row, as in evaluation: sorting Qwen's vocabulary
-            takes longer than the model.
+            probability together (the first one at least).
     Returns:
         the tokens, int64 (R,), and their log-probabilities before the cut at top_p, float32 (R,).
     """
-    if temperature != 1:  # each pass over Qwen's vocabulary counts
+    if temperature != 1:  # each pass over the vocabulary counts
         logits = logits / temperature
     softmax = probabilities = logits.softmax(-1)  # (R, V)
     if top_p < 1:
+        # Evaluation's top_p leaves one token; sorting the vocabulary takes longer than the model.
         top, first = probabilities.max(-1)  # of equals the first, as in the stable sort below
         if bool((top >= top_p).all()):
             return first, top.log()
@@ -91,44 +81,6 @@ def draw_tokens(
         probabilities = torch.zeros_like(ranked).scatter(-1, order, ranked)
     tokens = invert_cumulative(probabilities, uniforms[:, None])
     return tokens[:, 0], softmax.gather(-1, tokens)[:, 0].log()
-
-
-def invert_cumulative(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """The first token of each row at which the cumulative sum exceeds u times the row's sum.
-
-    First the block of the vocabulary is looked for, by the blocks' sums in float32, then the token
-    in it. One cumulative sum of all of Qwen's vocabulary takes twice as long for 12 rows and nine
-    times for 48: in float64 it no longer fits into the cache.
-
-    Args:
-        weights: float32 (R, V), not negative; some positive in each row.
-        uniforms: float64 (R, 1), in [0, 1).
-    Returns:
-        int64 (R, 1), tokens of positive weight; any token for a row with NaN.
-    """
-    vocabulary = weights.shape[-1]
-    whole = vocabulary - vocabulary % DRAW_BLOCK
-    masses = torch.cat(
-        [
-            weights[:, :whole].unflatten(-1, (-1, DRAW_BLOCK)).sum(-1),
-            weights[:, whole:].sum(-1, keepdim=True),
-        ],
-        dim=-1,
-    ).double()  # (R, blocks)
-    cumulative = pad(masses.cumsum(-1), (1, 0))  # before each block, and the total
-    # In float64 u * total stays below total, and right=True steps over blocks of no weight.
-    goal = uniforms * cumulative[:, -1:]
-    block = torch.searchsorted(cumulative, goal, right=True) - 1
-    goal = goal - cumulative.gather(-1, block)  # what is left to go inside the block
-
-    tokens = block * DRAW_BLOCK + torch.arange(DRAW_BLOCK, device=weights.device)
-    inside = weights.gather(-1, tokens.clamp(max=vocabulary - 1)).double()
-    cumulative = torch.where(tokens < vocabulary, inside, 0.0).cumsum(-1)  # (R, DRAW_BLOCK)
-    # The block's mass is a float32 sum: it may exceed the exact one by a rounding.
-    total = cumulative[:, -1:]
-    goal = torch.minimum(goal, torch.nextafter(total, torch.zeros_like(total)))
-    found = block * DRAW_BLOCK + torch.searchsorted(cumulative, goal, right=True)
-    return found.clamp(max=vocabulary - 1)  # NaN is above all: sample_groups will say so
 
 
 @torch.no_grad()
@@ -166,7 +118,7 @@ def sample_groups(
 
     tokens_per_second = model.config.vision_config.tokens_per_second
     pack = pack_groups(prompts, [[] for _ in prompts], tokens_per_second)
-    cache = model.packed_prefill(pack.to(device))
+    cache = expand_cache(model.packed_prefill(pack.to(device)), pack, group_sizes, max_new_tokens)
     inputs = batch_rows(pack, group_sizes, pad_token=ends[0])
     draws = [np.random.default_rng(key).random(max_new_tokens) for keys in row_keys for key in keys]
     uniforms = torch.from_numpy(np.stack(draws)).to(device)  # float64 (R, steps)
@@ -176,26 +128,26 @@ def sample_groups(
         logits.index_fill_(-1, forbidden, -torch.inf)
         return draw_tokens(logits, uniforms[:, step], temperature, top_p)
 
-    ids, logps = _generate(
-        model,
-        GenerationConfig(
-            max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
-            eos_token_id=ends, pad_token_id=ends[0],
-        ),
-        **{name: value.to(device) for name, value in inputs.items()},
-        past_key_values=expand_cache(cache, pack, group_sizes, max_new_tokens),
-        custom_generate=decode,
-        draw=draw,
-        together=is_sharded(model),  # every step gathers the weights of all ranks
-    )  # fmt: skip
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=ends[0]
+    )
+    inputs = {name: value.to(device) for name, value in inputs.items()}
+    with _ready_to_generate(model):
+        ids, logps = model.generate(
+            generation_config=settings,
+            **inputs,
+            past_key_values=cache,
+            custom_generate=decode,
+            draw=draw,
+            together=is_sharded(model),
+        )
     ids, logps = ids.cpu(), logps.cpu()  # (R, T)
     is_end = torch.isin(ids, torch.tensor(ends))
     mask = is_end.cumsum(-1) - is_end.long() == 0  # up to and including the first end token
-    ended = is_end.any(-1)
     logps = torch.where(mask, logps, 0.0)
     if logps.isnan().any():
         raise UserError("the model's logits are NaN: its weights are, or overflow in its dtype")
-    columns = (column.split(group_sizes) for column in (ids, mask, ended, logps))
+    columns = (column.split(group_sizes) for column in (ids, mask, is_end.any(-1), logps))
     return [
         Rollout(prompt, *group, decode_texts(tokenizer, group[0], group[1], ends))
         for prompt, *group in zip(prompts, *columns, strict=True)
@@ -207,19 +159,20 @@ def is_sharded(model) -> bool:
     return isinstance(next(model.model.language_model.layers.parameters()), DTensor)
 
 
-def _generate(model, generation_config: GenerationConfig, **inputs) -> tuple[Tensor, Tensor]:
-    """model.generate without the checkpoint's own settings; what `decode` returns.
+@contextmanager
+def _ready_to_generate(model) -> Iterator[None]:
+    """A model with the fast lm_head and without its checkpoint's generation_config.
 
-    generate fills every field that is None from model.generation_config, which for Qwen2.5-VL has a
-    repetition penalty and a temperature near zero.
+    generate fills every field that is None from the latter, which for Qwen2.5-VL has a repetition
+    penalty and a temperature near zero.
     """
-    model.lm_head.forward = fast_linear(model.lm_head)
-    checkpoints_own, model.generation_config = model.generation_config, GenerationConfig()
+    checkpoints_own = model.generation_config
+    model.lm_head.forward, model.generation_config = fast_linear(model.lm_head), GenerationConfig()
     try:
-        return model.generate(generation_config=generation_config, **inputs)
+        yield
     finally:
         model.generation_config = checkpoints_own
-        del model.lm_head.forward  # the class' own is behind it
+        del model.lm_head.forward  # uncovers the class's method
 
 
 def decode(
@@ -230,24 +183,26 @@ def decode(
     together: bool,
     **inputs,
 ) -> tuple[Tensor, Tensor]:
-    """The loop that `generate` runs in the place of its own: a token a row, till all rows ended.
+    """Custom loop for `generate`: one token per row until every row has hit an end token.
 
     transformers' loop has neither a generator per row nor the log-probability of a draw.
 
     Args:
         input_ids: int64 (R, S), of which all but the last token are in the cache.
-        draw: from float32 logits (R, V), its own to write to, and the step to tokens and their
+        draw: from float32 logits (R, V), which it may write to, and the step to tokens and their
             log-probabilities, both (R,).
-        together: all ranks take the same number of steps.
+        together: all ranks take the same number of steps, since each gathers their weights.
         inputs: as generate has prepared them; past_key_values, position_ids int64 (3, R, S),
-            attention_mask int64 (R, S) or None if nothing is padded.
+            attention_mask int64 (R, S), or None if nothing is padded.
     Returns:
         the responses, int64 (R, T), padded after their end, and log-probabilities, float32 (R, T).
     """
     ends = torch.tensor(generation_config.eos_token_id, device=input_ids.device)
-    ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
     tokens, positions = input_ids[:, -1:], inputs["position_ids"][:, :, -1:]
     attention_mask = inputs["attention_mask"]
+    if attention_mask is not None and bool(attention_mask.all()):
+        attention_mask = None  # a mask of ones would cost a faster kernel, and a look at it a token
     responses, logps = [], []
     for step in range(generation_config.max_new_tokens):
         outputs = model(
@@ -258,44 +213,19 @@ def decode(
             use_cache=True,
         )
         drawn, logp = draw(outputs.logits[:, -1].float(), step)
-        tokens = torch.where(ended, generation_config.pad_token_id, drawn)[:, None]
+        tokens = torch.where(unfinished, drawn, generation_config.pad_token_id)[:, None]
         responses.append(tokens)
         logps.append(logp)
-        ended |= torch.isin(drawn, ends)
-        if all_ended(ended, together):
+        unfinished &= ~torch.isin(drawn, ends)
+        any_unfinished = unfinished.any()
+        if together:
+            any_unfinished = any_unfinished.int()
+            dist.all_reduce(any_unfinished, op=dist.ReduceOp.MAX)
+        if not any_unfinished:
             break
         if attention_mask is not None:
             attention_mask = pad(attention_mask, (0, 1), value=1)
     return torch.cat(responses, dim=1), torch.stack(logps, dim=1)
-
-
-def all_ended(ended: Tensor, together: bool) -> bool:
-    """Whether all rows have ended, bool (R,); with `together` those of all ranks."""
-    unfinished = (~ended).any()
-    if together:
-        unfinished = unfinished.int()
-        dist.all_reduce(unfinished, op=dist.ReduceOp.MAX)
-    return not bool(unfinished)
-
-
-def fast_linear(linear: torch.nn.Linear) -> Callable[[Tensor], Tensor]:
-    """linear.forward for the few rows of a decoding step, (R, 1, D) to (R, 1, V), by oneDNN in
-    float32 on CPU and as it is elsewhere.
-
-    Reading lm_head is most of a small model's step. oneDNN takes 9 ms for 12 rows of Qwen's
-    vocabulary and 256 features where MKL takes 30, but the weight has to be laid out for it first:
-    a copy, made once per rollout.
-    """
-    weight = linear.weight
-    if isinstance(weight, DTensor) or not has_onednn(weight):
-        return linear.forward
-    assert linear.bias is None, "Qwen2.5-VL's lm_head has no bias"
-    # By parts so small that their memory is at hand (distributed.keep_freed_memory): in fresh
-    # pages the copy takes ten times as long.
-    parts = weight.split(max(1, 2**24 // (weight.shape[1] * weight.element_size())))
-    packed = [torch.ops.mkldnn._reorder_linear_weight(part) for part in parts]
-    product = torch.ops.mkldnn._linear_pointwise
-    return lambda x: torch.cat([product(x, part, None, *NO_POINTWISE) for part in packed], -1)
 
 
 def batch_rows(pack: Pack, group_sizes: list[int], pad_token: int) -> dict[str, Tensor]:
@@ -321,10 +251,9 @@ def batch_rows(pack: Pack, group_sizes: list[int], pad_token: int) -> dict[str, 
 
 
 class RoomyLayer(DynamicLayer):
-    """A layer's keys and values with room for the tokens to come.
+    """A layer's keys and values with room for the tokens to come, each written into its place.
 
-    DynamicLayer copies all it holds for every token, which on a GPU costs a good part of what
-    reading the weights does. Here a token is written into its place.
+    DynamicLayer copies all it holds for every token.
     """
 
     def __init__(self, keys: Tensor, values: Tensor, length: int):

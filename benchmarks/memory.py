@@ -49,7 +49,8 @@ from benchmarks.measure import keep_no_freed_memory, release_memory, used_bytes
 from infra.distributed import World, log, process_group, run_main
 from infra.errors import require
 from infra.flags import FlagParser, flag
-from model import LOGITS_PER_BLOCK, MIN_BLOCK, resolve_folder
+from infra.fused import LOGITS_PER_BLOCK, MIN_BLOCK
+from model import resolve_folder
 
 GIB = 2**30
 RESERVE = 0.1  # of a GPU: CUDA, NCCL, cuBLAS, fragmentation. A guess: measured on no such machine

@@ -31,7 +31,7 @@ from evaluation.scores import mean_relative_accuracy
 from infra.distributed import World, log
 from infra.errors import UserError
 from infra.video import DecoderPool
-from model import PACKED_METHODS, load_model, require_room, shard
+from model import load_model, require_room, shard
 from rewards import accuracy_reward, extract_answer, parse_float
 from sampling import Rollout, derive_seed, is_sharded, sample_groups
 
@@ -179,7 +179,7 @@ def load_for_answers(name: str, world: World, sharded: bool = False):
     sharding = None
     if sharded:
         log("--sharded_generation: each token gathers all weights from all ranks, which is slow")
-        sharding = partial(shard, world=world, forward_methods=PACKED_METHODS, trainable=False)
+        sharding = partial(shard, world=world, trainable=False)
     return load_model(name, world.device, world.dtype, sharding).eval()
 
 

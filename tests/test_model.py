@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import plain
@@ -10,11 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import model as model_module
 from infra.distributed import process_group
-from infra.errors import UnusableSample
+from infra.errors import UnusableSample, UserError
 from model import (
-    TokenLogprobs,
     enable_checkpointing,
     export_model,
     forbidden_tokens,
@@ -22,8 +21,10 @@ from model import (
     load_model,
     load_normalisation,
     load_tokenizer,
+    pack_groups,
     require_room,
     rope_positions,
+    shard,
 )
 
 CPU = torch.device("cpu")
@@ -132,65 +133,6 @@ def test_vision_runs_once_whatever_the_number_of_prompts(toy_folder, base, token
     assert len(calls) == 1
 
 
-def test_logits_exist_in_blocks_only(toy_folder, base, tokenizer, monkeypatch):
-    model = plain.shake(load_model(str(base), CPU))
-    prompts = plain.toy_prompts(toy_folder, tokenizer, ["video"])
-    ids, mask = responses([[9, 8, 7]])
-
-    def both():
-        model.zero_grad()
-        logps = group_logprobs(model, prompts, ids, mask)
-        (logps * torch.arange(logps.numel()).view_as(logps)).sum().backward()
-        return logps.detach(), [parameter.grad for parameter in model.parameters()]
-
-    whole, whole_grads = both()
-    shapes, make_logits = [], model_module._logits
-
-    def counted(*arguments):
-        logits = make_logits(*arguments)
-        shapes.append(tuple(logits.shape))
-        return logits
-
-    vocabulary = len(model.lm_head.weight)
-    monkeypatch.setattr(model_module, "_logits", counted)
-    monkeypatch.setattr(model_module, "MIN_BLOCK", 1)
-    monkeypatch.setitem(model_module.LOGITS_PER_BLOCK, "cpu", 24 * (vocabulary // 2 - 1))
-    in_blocks, grads = both()
-    # 24 response tokens, none for the prompt; once forward and once backward.
-    widths = [vocabulary // 2 - 1] * 2 + [vocabulary - 2 * (vocabulary // 2 - 1)]
-    assert shapes == [(24, width) for width in widths] * 2
-    torch.testing.assert_close(in_blocks, whole, atol=1e-6, rtol=0)
-    for mine, other in zip(grads, whole_grads, strict=True):
-        torch.testing.assert_close(mine, other, atol=1e-5 * float(other.abs().max()), rtol=1e-5)
-
-
-@pytest.mark.parametrize("width", [1, 3, 11])
-def test_token_logprobs_against_autograd(width, monkeypatch):
-    monkeypatch.setattr(model_module, "MIN_BLOCK", 1)
-    monkeypatch.setitem(model_module.LOGITS_PER_BLOCK, "cpu", 7 * width)
-    generator = torch.Generator().manual_seed(0)
-    hidden, weight = (torch.randn(rows, 6, generator=generator, dtype=torch.float64)
-                      for rows in (7, 11))  # fmt: skip
-    targets, forbidden = torch.tensor([1, 3, 3, 0, 10, 5, 9]), [2, 4]
-    grad = torch.randn(7, generator=generator)
-    results = []
-    for fast in (True, False):
-        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
-        if fast:
-            logps = TokenLogprobs.apply(*leaves, targets, forbidden)
-        else:
-            logits = (leaves[0] @ leaves[1].T).index_fill(
-                1, torch.tensor(forbidden), -torch.inf
-            )
-            logps = logits.log_softmax(1).gather(1, targets[:, None])[:, 0]
-        logps.backward(grad.to(logps.dtype))
-        results.append([logps.detach().double(), *(leaf.grad for leaf in leaves)])
-    for mine, other in zip(*results, strict=True):
-        torch.testing.assert_close(mine, other, atol=1e-6, rtol=1e-5)
-    empty = TokenLogprobs.apply(hidden[:0], weight, targets[:0], forbidden)
-    assert empty.shape == (0,)
-
-
 def test_activation_checkpointing_changes_no_gradient(toy_folder, base, tokenizer):
     prompts = plain.toy_prompts(toy_folder, tokenizer, ["video", "image"])
     ids, mask = responses([[5, 2], [3, 3]])
@@ -205,12 +147,41 @@ def test_activation_checkpointing_changes_no_gradient(toy_folder, base, tokenize
         assert torch.equal(without, with_)
 
 
+def test_bfloat16_gradients_point_where_float32_ones_do(toy_folder, base, tokenizer):
+    """What a GPU computes in, sharded, on the CPU: the packed passes forward and backward."""
+    prompts = plain.toy_prompts(toy_folder, tokenizer, ["video", "image"])
+    ids, mask = responses([[5, 2], [3, 3]])
+    weights = torch.randn(mask.shape, generator=torch.Generator().manual_seed(1))
+    found = []
+    with process_group() as world:
+        for dtype in (torch.float32, torch.bfloat16):
+            computing = dataclasses.replace(world, dtype=dtype)
+            model = load_model(str(base), CPU, shard=partial(shard, world=computing))
+            logps = group_logprobs(model, prompts, ids, mask)
+            (logps * weights).sum().backward()
+            gradients = [parameter.grad.full_tensor() for parameter in model.parameters()]
+            found.append((logps.detach(), torch.cat([grad.flatten() for grad in gradients])))
+    (logps, gradient), (rounded_logps, rounded_gradient) = found
+    assert rounded_logps.dtype == rounded_gradient.dtype == torch.float32
+    difference = (logps - rounded_logps).abs().max()
+    assert 0 < difference < 0.05  # rounded, and by no more than its 8 bits do
+    assert torch.cosine_similarity(gradient, rounded_gradient, dim=0) > 0.999
+
+
+def test_padding_points_at_different_tokens(toy_folder, tokenizer):
+    (prompt,) = plain.toy_prompts(toy_folder, tokenizer, ["video"])
+    (segment,) = pack_groups([prompt], [[torch.ones(50).long(), torch.ones(2).long()]]).segments
+    padding = segment.slots[1, 2:]
+    assert len(padding.unique()) == min(48, segment.length)
+    assert padding.max() < segment.length  # the row's beginning, where its prompt is
+
+
 def test_placeholders_that_do_not_fit_the_features_are_named(toy_folder, base, tokenizer):
     model = load_model(str(base), CPU)
     (prompt,) = plain.toy_prompts(toy_folder, tokenizer, ["video"])
     short = dataclasses.replace(prompt, input_ids=prompt.input_ids[: prompt.vision_start + 3])
     ids, mask = responses([[1]])
-    with pytest.raises(ValueError, match=rf"row {prompt.sample.row}\): \d+ placeholders"):
+    with pytest.raises(UserError, match=rf"row {prompt.sample.row}\): \d+ placeholders"):
         group_logprobs(model, [short], ids, mask)
 
 
@@ -391,7 +362,7 @@ def test_the_chat_template_is_found_wherever_a_folder_has_it(base, tmp_path, pla
     if place != "tokenizer_config.json":
         del settings["chat_template"]
         file.write_text(json.dumps(settings))
-        with pytest.raises(ValueError, match="has no chat template"):
+        with pytest.raises(UserError, match="has no chat template"):
             load_tokenizer(str(tmp_path / "base"))
     if place == "chat_template.json":
         (tmp_path / "base" / place).write_text(json.dumps({"chat_template": template}))
@@ -431,7 +402,7 @@ def test_a_prompt_must_fit_into_the_models_positions(toy_folder, tokenizer):
 def test_a_bad_preprocessor_config_is_named(base, tmp_path, file, content, words):
     shutil.copytree(base, tmp_path / "base")
     (tmp_path / "base" / file).write_text(content)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(UserError, match=words):
         load_normalisation(str(tmp_path / "base"))
 
 
@@ -441,19 +412,34 @@ def test_an_index_that_names_a_weight_which_its_file_lacks_is_named(base, tmp_pa
     broken(tmp_path / "base", lose)
     index = {"weight_map": dict.fromkeys(names, "model.safetensors")}
     (tmp_path / "base/model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="lacks visual.merger.ln_q.weight, which the index names"):
+    with pytest.raises(UserError, match="lacks visual.merger.ln_q.weight, which the index names"):
         load_model(str(tmp_path / "base"), CPU)
+
+
+def truncate(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def hold_twice(folder):
+    save_file({"visual.merger.ln_q.weight": torch.zeros(3)}, folder / "other.safetensors")
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        pytest.param(lose, "lacks the weight visual.merger.ln_q.weight", id="missing"),
-        pytest.param(reshape, r"model.norm.weight is \(3,\)", id="wrong-shape"),
+        pytest.param(partial(broken, change=lose), "lacks the weight visual.merger.ln_q.weight",
+                     id="missing"),
+        pytest.param(partial(broken, change=reshape),
+                     r"model.norm.weight is \(3,\), its config.json says \(128,\)", id="shape"),
+        pytest.param(truncate, "the weights in .*base/model.safetensors cannot be read",
+                     id="truncated"),
+        pytest.param(hold_twice, "visual.merger.ln_q.weight is in .*other.safetensors and in",
+                     id="in two files"),
     ],
-)
+)  # fmt: skip
 def test_weights_that_do_not_fit_are_named(base, tmp_path, change, words):
     shutil.copytree(base, tmp_path / "base")
-    broken(tmp_path / "base", change)
-    with pytest.raises(ValueError, match=words):
+    change(tmp_path / "base")
+    with pytest.raises(UserError, match=words):
         load_model(str(tmp_path / "base"), CPU)

@@ -1,13 +1,17 @@
 """Rollouts: the shared prefill against plain decoding, samples against the policy's softmax."""
 
+import dataclasses
+from functools import partial
+
 import plain
 import pytest
 import torch
 from transformers import GenerationConfig
 
 import sampling
-from model import end_tokens, group_logprobs, load_model, load_tokenizer
-from sampling import derive_seed, draw_tokens, fast_linear, invert_cumulative, sample_groups
+from infra.distributed import process_group, unsharded
+from model import end_tokens, group_logprobs, load_model, load_tokenizer, shard
+from sampling import derive_seed, draw_tokens, sample_groups
 
 CPU = torch.device("cpu")
 NEARLY_GREEDY = {"temperature": 1e-4, "top_p": 1e-3}
@@ -101,14 +105,42 @@ def test_first_tokens_fit_the_policys_softmax(toy_folder, base, tokenizer):
     assert fit(counts, (logits / 1.2).softmax(-1)) < 0.001
 
 
+def stacked(rollouts):
+    """Completion ids, mask and sampler_logps of several prompts, each (P, G, T)."""
+    names = ("completion_ids", "completion_mask", "sampler_logps")
+    return [torch.stack([getattr(rollout, name) for rollout in rollouts]) for name in names]
+
+
 def test_sampler_logps_equal_the_training_pass(toy_folder, model, tokenizer):
     prompts = plain.toy_prompts(toy_folder, tokenizer, ["video", "image"])
     rollouts = sample_groups(model, tokenizer, prompts, keys(2, 5), 12)
-    ids = torch.stack([rollout.completion_ids for rollout in rollouts])
-    mask = torch.stack([rollout.completion_mask for rollout in rollouts])
-    sampled = torch.stack([rollout.sampler_logps for rollout in rollouts])
+    ids, mask, sampled = stacked(rollouts)
     logps = group_logprobs(model, prompts, ids, mask)
     torch.testing.assert_close(logps, sampled, atol=1e-5, rtol=0)
+
+
+def test_sampler_logps_equal_the_training_pass_in_bfloat16(toy_folder, base, tokenizer):
+    prompts = plain.toy_prompts(toy_folder, tokenizer, ["video", "image"])
+    with process_group() as world:
+        world = dataclasses.replace(world, dtype=torch.bfloat16)
+        model = load_model(base, CPU, shard=partial(shard, world=world))
+        with unsharded(model):
+            rollouts = sample_groups(model, tokenizer, prompts, keys(2, 5), 12)
+        ids, mask, sampled = stacked(rollouts)
+        logps = group_logprobs(model, prompts, ids, mask)
+    torch.testing.assert_close(logps, sampled, atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize(("kinds", "padded"), [(["video", "image"], True), (["video"] * 2, False)])
+def test_decoding_has_no_mask_where_nothing_is_padded(toy_folder, model, tokenizer, kinds, padded):
+    masks = []
+    hook = model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    prompts = plain.toy_prompts(toy_folder, tokenizer, kinds)
+    sample_groups(model, tokenizer, prompts, keys(2, 1), 3)
+    hook.remove()
+    assert [mask is not None for mask in masks] == [padded] * 3
 
 
 def test_a_row_depends_on_its_own_key_alone(toy_folder, model, tokenizer):
@@ -119,24 +151,6 @@ def test_a_row_depends_on_its_own_key_alone(toy_folder, model, tokenizer):
     assert torch.equal(row, alone.completion_ids[0][alone.completion_mask[0]])
     texts = {text for rollout in both for text in rollout.texts}
     assert len(texts) == 8  # eight keys, eight responses
-
-
-@pytest.mark.parametrize("vocabulary", [501, 400_000])  # one part, three of them
-def test_fast_linear_gives_the_same_logits(vocabulary):
-    generator = torch.Generator().manual_seed(1)
-    linear = torch.nn.Linear(24, vocabulary, bias=False)
-    fast = fast_linear(linear)
-    for rows in (1, 8, 12, 33):
-        hidden = torch.randn(rows, 1, 24, generator=generator)
-        with torch.no_grad():
-            found, expected = fast(hidden), linear(hidden)
-        assert found.is_contiguous() and found.shape == (rows, 1, vocabulary)
-        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
-
-
-def test_fast_linear_is_for_float32_on_cpu_alone():
-    for other in (torch.nn.Linear(2, 3).bfloat16(), torch.nn.Linear(2, 3, device="meta")):
-        assert fast_linear(other) == other.forward
 
 
 def test_generate_leaves_the_model_as_it_was(toy_folder, model, tokenizer, monkeypatch):
@@ -208,13 +222,6 @@ def test_logits_that_are_nan_are_an_error(toy_folder, base, tokenizer):
         sample_groups(model, tokenizer, prompts, keys(1, 2), 3)
 
 
-def test_the_checkpoints_generation_config_is_left_alone(toy_folder, model, tokenizer):
-    before = model.generation_config
-    (prompt,) = plain.toy_prompts(toy_folder, tokenizer, ["video"])
-    sample_groups(model, tokenizer, [prompt], keys(1, 1), 1)
-    assert model.generation_config is before
-
-
 # ------------------------------------------------------------------------------------ draw_tokens
 
 LOGITS = torch.tensor([[0.5, 0.3, 0.2, 0.0]]).log()  # the last token is forbidden
@@ -243,35 +250,6 @@ def test_draw_tokens_by_hand(u, settings, token):
     assert tokens.tolist() == [token]
     expected = (LOGITS / settings.get("temperature", 1.0)).log_softmax(-1)[0, token]
     torch.testing.assert_close(logps[0], expected)
-
-
-@pytest.mark.parametrize("vocabulary", [1, 2, 127, 128, 129, 1000, 151936])
-@pytest.mark.parametrize("zeros", [0.0, 0.9])
-def test_two_levels_draw_what_one_cumulative_sum_draws(vocabulary, zeros):
-    generator = torch.Generator().manual_seed(vocabulary)
-    weights = torch.randn(16, vocabulary, generator=generator).exp()
-    weights[torch.rand(16, vocabulary, generator=generator) < zeros] = 0
-    weights[:, vocabulary // 2] = 1  # one at least
-    uniforms = torch.rand(16, 1, generator=generator, dtype=torch.float64)
-    uniforms[0], uniforms[1] = 0.0, 1 - 2**-53
-    cumulative = weights.cumsum(-1, dtype=torch.float64)
-    goal = uniforms * cumulative[:, -1:]
-    expected = torch.searchsorted(cumulative, goal, right=True)
-    found = invert_cumulative(weights, uniforms)
-    assert torch.equal(found, expected)
-    assert (weights.gather(-1, found) > 0).all()
-
-
-@pytest.mark.parametrize("u", [0.0, 0.3, 0.7, 1 - 2**-53])
-def test_a_block_of_rounded_mass_still_gives_a_token_of_weight(u):
-    """float32 sums to 2 where the exact sum is 2 - 2^-24, or misses numbers that are tiny."""
-    weights = torch.zeros(3, 200)
-    weights[0, 5:7] = torch.tensor([1.0, 1 - 2**-24])
-    weights[1, 130], weights[1, 140:] = 1.0, 1e-9
-    weights[2, 199] = 1e-38
-    found = invert_cumulative(weights, torch.full((3, 1), u, dtype=torch.float64))
-    assert (weights.gather(-1, found) > 0).all()
-    assert found[2] == 199
 
 
 def test_derive_seed_tells_keys_apart():
