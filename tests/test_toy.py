@@ -126,13 +126,15 @@ import sys, time
 from pathlib import Path
 import toy
 
-def make(folder, seed):
-    (folder / "file").write_text("whole")
-    Path(f"{sys.argv[1]}.{folder.name}").touch()
-    while len(list(Path().glob(f"[ab].{folder.name}"))) < 2:
-        time.sleep(0.01)
+def make_when_both(what):
+    def make(folder, seed):
+        (folder / "file").write_text("whole")
+        Path(f"{what}.{sys.argv[1]}").touch()
+        while len(list(Path().glob(f"{what}.[ab]"))) < 2:
+            time.sleep(0.01)
+    return make
 
-toy.make_model = toy.make_data = make
+toy.make_model, toy.make_data = make_when_both("model"), make_when_both("data")
 toy.ensure_toy()
 """
 
