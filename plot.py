@@ -1,23 +1,26 @@
-"""Training curves of one or several runs in one figure: the paper's Figure 5, and what explains it.
+"""Figures: the paper's Figure 5 and what explains it, from runs; its Figure 2, from a data file.
 
     python plot.py runs/rl                                    writes runs/rl/curves.png
     python plot.py runs/rl runs/rl_plain --out both.png       one colour per run
+    python plot.py Video-R1-data/Video-R1-260k.json           writes composition.png beside it
 
-A run is the folder that a training wrote, or its metrics.jsonl; the README explains the keys. It
-may still be going on. Pale lines are the steps' values, strong ones a running mean, circles the
-records of validation.jsonl where the run has them.
+A run is the folder of a training run, finished or not, or its metrics.jsonl; the README explains
+the keys. Pale lines are the steps' values, strong ones a running mean, circles validation.jsonl.
 """
 
 import argparse
 import json
 import math
 import os
-import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from infra.errors import UserError
+from data import check_rows
+from evaluation.check_data import composition
+from infra import distributed
+from infra.errors import UserError, require
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart, without its yellow.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -28,95 +31,51 @@ STYLE = {
     "legend.frameon": False, "lines.linewidth": 1.7,
     "text.parse_math": False,  # a folder's name may hold dollar signs
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One panel of the figure, over optimizer steps."""
-
-    title: str
-    unit: str  # of the y axis
-    series: tuple[str, ...]  # keys of metrics.jsonl, some of validation.jsonl too
-    is_share: bool = False  # between 0 and 1
-
-
-PANELS = {
+PANELS = {  # stage: (title, y axis, keys of metrics.jsonl, some of validation.jsonl too)
     "RL": (
-        Panel("Accuracy reward (paper: Figure 5a)", "mean reward, 0 to 1",
-              ("accuracy", "accuracy_shuffled"), True),
-        Panel("Temporal reward, scaled to 0..1 (Figure 5b)", "r_t / α, 0 to 1",
-              ("temporal", "temporal_earned"), True),
-        Panel("Response length (Figure 5c)", "tokens per response", ("completion_length",)),
-        Panel("Reward and parts of it", "mean reward", ("reward", "format", "length_reward")),
-        Panel("KL to the reference", "nats per token", ("kl",)),
-        Panel("Accuracy, ordered minus shuffled", "difference of mean rewards", ("gap",)),
-        Panel("Shares of groups and of responses", "share",
-              ("zero_std", "clipped_length", "format"), True),
+        ("Accuracy reward (paper: Figure 5a)", "mean reward, 0 to 1",
+         ("accuracy", "accuracy_shuffled")),
+        ("Temporal reward (Figure 5b)", "share of groups, of responses",
+         ("temporal", "temporal_earned")),
+        ("Response length (Figure 5c)", "tokens per response", ("completion_length",)),
+        ("Reward and parts of it", "mean reward", ("reward", "format", "length_reward")),
+        ("Effect of r_t; 0: T-GRPO is GRPO", "mean change of |A_i|", ("temporal_effect",)),
+        ("KL to the reference", "nats per token", ("kl",)),
+        ("Accuracy, ordered minus shuffled", "difference of mean rewards", ("gap",)),
+        ("Groups without spread, cut responses", "share", ("zero_std", "clipped_length")),
     ),
     "SFT": (
-        Panel("Loss", "nats per token", ("loss",)),
-        Panel("Norm of the gradient, before the clip", "norm", ("grad_norm",)),
-        Panel("Learning rate", "learning rate", ("lr",)),
-        Panel("Accuracy in validation", "mean reward, 0 to 1", ("accuracy", "accuracy_shuffled"),
-              True),
+        ("Loss", "nats per token", ("loss",)),
+        ("Gradient norm before clipping", "norm", ("grad_norm",)),
+        ("Learning rate", "learning rate", ("lr",)),
+        ("Accuracy in validation", "mean reward, 0 to 1", ("accuracy", "accuracy_shuffled")),
     ),
 }  # fmt: skip
-VALIDATED = ("step", "accuracy", "accuracy_shuffled", "gap")  # drawn from validation.jsonl
-DRAWN = {key for panels in PANELS.values() for panel in panels for key in panel.series}
+SHARES = {"accuracy", "temporal", "zero_std"}  # first keys of panels whose values are in [0, 1]
+VALIDATED = ("accuracy", "accuracy_shuffled", "gap")  # drawn from validation.jsonl
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run's records, each list in the order of steps."""
+    """A run's records, each list in the order of steps. stage: RL or SFT."""
 
     folder: Path
-    stage: str  # RL or SFT
+    stage: str
     metrics: list[dict]
     validation: list[dict]
-
-
-# --------------------------------------------------------------------------------------- the files
-
-
-def parse_record(line: bytes) -> dict:
-    """One line of metrics.jsonl or validation.jsonl; a drawn value that is not finite is None.
-
-    Raises:
-        ValueError: it is no JSON object with a step, or a drawn value is not a number.
-    """
-    record = json.loads(line)
-    if not isinstance(record, dict) or type(record.get("step")) is not int or record["step"] < 0:
-        raise UserError("no object with a step number")
-    for key, value in record.items():
-        if value is not None and (key in DRAWN or key.startswith("seconds")):
-            if type(value) not in (int, float):
-                raise UserError(f"{key} is not a number")
-            record[key] = value if math.isfinite(value) else None
-    return record
 
 
 def read_records(path: Path) -> list[dict]:
     """The records of a file, with steps that rise.
 
-    Where a step goes back, the run was resumed: what it had recorded from there on is left out,
-    since the model that goes on never took those steps. A last line that is not complete is left
-    out as well: the run is just writing it.
-
-    Raises:
-        UserError: naming the file, and the line that cannot be used.
+    Where a step goes back, the run was resumed, and what it had recorded from there on is left
+    out: the resumed model never took those steps. A torn last line, of a run that was killed or is
+    writing it, is skipped.
     """
-    try:
-        *lines, unended = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    *lines, torn = path.read_text(encoding="utf-8").split("\n")
     records: list[dict] = []
-    for number, line in enumerate([*lines, unended], start=1):
-        try:
-            record = parse_record(line)
-        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError too
-            if number > len(lines):
-                break
-            raise UserError(f"{path}, line {number}: {error}") from None
+    for line in lines:
+        record = json.loads(line)
         while records and records[-1]["step"] >= record["step"]:
             records.pop()
         records.append(record)
@@ -127,240 +86,178 @@ def load_run(path: Path) -> Run:
     """The run of a folder, or of the metrics.jsonl in it.
 
     Raises:
-        UserError: there is none, it has no step yet, or one of its files cannot be used.
+        UserError: there is none, or it has no step yet.
     """
     file = path / "metrics.jsonl" if path.is_dir() else path
-    if not file.is_file():
-        raise UserError(f"{path} is no run: there is no file {file}")
+    require(file.is_file(), f"{path} is not a run: there is no file {file}")
     metrics = read_records(file)
-    if not metrics:
-        raise UserError(f"{file} holds no complete step yet")
-    if "loss" not in metrics[0]:
-        raise UserError(f"{file} is of no training: its first step has no loss")
+    require(metrics, f"{file} holds no complete step yet")
     beside = file.parent / "validation.jsonl"
     validation = read_records(beside) if beside.exists() else []
-    validation = [
-        {key: record.get(key) for key in VALIDATED}
-        for record in validation
-        if record["step"] <= metrics[-1]["step"]  # later: steps that a resumed run takes again
-    ]
+    # Later ones are of steps that a resumed run has not taken again.
+    validation = [record for record in validation if record["step"] <= metrics[-1]["step"]]
     return Run(file.parent, "RL" if "reward" in metrics[0] else "SFT", metrics, validation)
 
 
-def load_runs(paths: list[Path]) -> list[Run]:
-    """The runs of one figure.
-
-    Raises:
-        UserError: one cannot be used, two are of different stages, or there are too many.
-    """
-    if len(paths) > len(COLOURS):
-        raise UserError(f"{len(paths)} runs are too many: a figure has {len(COLOURS)} colours")
-    runs = [load_run(path) for path in paths]
-    for run in runs:
-        if run.stage != runs[0].stage:
-            raise UserError(f"runs of different stages share no figure: {runs[0].folder} is "
-                             f"{runs[0].stage}, {run.folder} is {run.stage}")  # fmt: skip
-    return runs
+def column(records: list[dict], key: str) -> list[float]:
+    """A key's value in each record; nan, which is drawn as a gap, where it is null or missing."""
+    values = (record.get(key) for record in records)
+    return [math.nan if value is None else value for value in values]
 
 
-def column(records: list[dict], key: str) -> list[float | None]:
-    """A key's value in each record, None where it is null or not there."""
-    return [record.get(key) for record in records]
+def running_mean(values: list[float], window: int) -> list[float]:
+    """For each place the mean of the last `window` values, without those that are nan.
 
-
-def running_mean(steps: list[int], values: list[float | None], window: int) -> list[float | None]:
-    """For each step the mean of the values at it and at the window - 1 steps before it.
-
-    Args:
-        steps: rising; a step that is missing has its place in the window, as a null has.
-        values: None does not count, and a window that holds nothing else has the mean None.
-        window: in steps, at least 1; near the start of the run it holds what there is.
-
-    >>> running_mean([1, 2, 3, 4], [1.0, None, 3.0, 8.0], window=2)
+    >>> running_mean([1.0, math.nan, 3.0, 8.0], window=2)
     [1.0, 1.0, 3.0, 5.5]
     """
-    means, known_steps, known, first = [], [], [], 0
-    for step, value in zip(steps, values, strict=True):
-        if value is not None:
-            known_steps.append(step)
-            known.append(value)
-        while first < len(known) and known_steps[first] <= step - window:
-            first += 1
-        inside = known[first:]
-        means.append(sum(inside) / len(inside) if inside else None)
+    means = []
+    for end in range(1, len(values) + 1):
+        known = [x for x in values[max(0, end - window) : end] if not math.isnan(x)]
+        means.append(sum(known) / len(known) if known else math.nan)
     return means
 
 
-# -------------------------------------------------------------------------------------- the figure
+# ------------------------------------------------------------------------------------ the figures
 
 
-def draw(runs: list[Run], window: int):
+def draw_runs(runs: list[Run], window: int):
     """A matplotlib Figure: the panels of the runs' stage that have something to show, and the time.
 
     Args:
-        window: of the running mean, in steps.
+        window: of the running mean, in recorded steps.
     """
-    import matplotlib  # here, so that --help and errors need no matplotlib
-    from matplotlib.figure import Figure  # without pyplot: Agg, and never a window
+    from matplotlib.figure import Figure  # without pyplot: never a window
+    from matplotlib.lines import Line2D
 
     records = [record for run in runs for record in run.metrics + run.validation]
     known = dict.fromkeys(key for record in records for key in record if record[key] is not None)
-    panels = [panel for panel in PANELS[runs[0].stage] if known.keys() & panel.series]
-    timings = Panel("Time of a step and of its phases", "seconds",
-                    tuple(key for key in known if key.startswith("seconds")))  # fmt: skip
+    panels = [panel for panel in PANELS[runs[0].stage] if known.keys() & panel[2]]
+    timings = [key for key in known if key.startswith("seconds")]
     num_columns = min(4, math.ceil((len(panels) + 1) / 2))
     num_rows = math.ceil((len(panels) + 1) / num_columns)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure((4.3 * num_columns, 3.1 * num_rows + 0.7), layout="constrained")
-        grid = figure.add_gridspec(num_rows, num_columns)
-        for number, panel in enumerate(panels):
-            axes = figure.add_subplot(grid[divmod(number, num_columns)])
-            draw_panel(axes, panel, runs, window)
-        row, start = divmod(len(panels), num_columns)
-        axes = figure.add_subplot(grid[row, start:])  # what is left of the last row
-        # Not stacked: each phase is its slowest rank's, so that they may exceed the step.
-        if len(runs) == 1:
-            draw_panel(axes, timings, runs, window)
-        else:
-            draw_bars(axes, timings, runs)
-        add_texts(figure, runs, window)
-    return figure
+    figure = Figure((4.3 * num_columns, 3.1 * num_rows + 0.7), layout="constrained")
+    grid = figure.add_gridspec(num_rows, num_columns)
+    for number, (title, unit, keys) in enumerate(panels):
+        axes = figure.add_subplot(grid[divmod(number, num_columns)])
+        draw_panel(axes, keys, runs, window)
+        axes.set_title(title, pad=18)
+        axes.set_ylabel(unit)
+        if keys[0] in SHARES:
+            axes.set_ylim(-0.03, 1.03)  # a line at 0 or at 1 stays visible
+    row, start = divmod(len(panels), num_columns)
+    draw_timings(figure.add_subplot(grid[row, start:]), timings, runs)
 
-
-def draw_panel(axes, panel: Panel, runs: list[Run], window: int) -> None:
-    """Lines, and circles for validation. One run has a colour per series; several have a colour
-    each, and a dash pattern per series."""
-    from matplotlib.ticker import MaxNLocator
-
-    for number, key in enumerate(panel.series):
-        series_colour, dashes = COLOURS[number % len(COLOURS)], DASHES[number % len(DASHES)]
-        has_circles = any(record.get(key) is not None for run in runs for record in run.validation)
-        circles = {"marker": "o", "markersize": 5 if number else 6.5} if has_circles else {}
-        for run, run_colour in zip(runs, COLOURS, strict=False):
-            colour = series_colour if len(runs) == 1 else run_colour
-            steps, values = column(run.metrics, "step"), column(run.metrics, key)
-            if window > 1:
-                alpha = 0.3 if len(runs) == 1 else 0.2
-                draw_line(axes, steps, values, color=colour, linewidth=0.5, alpha=alpha)
-            means = running_mean(steps, values, window)
-            draw_line(axes, steps, means, color=colour, linestyle=dashes)
-            face, edge = ("white", colour) if number else (colour, "white")
-            axes.plot(column(run.validation, "step"), column(run.validation, key), color=face,
-                      markeredgecolor=edge, linestyle="", zorder=3, **circles)  # fmt: skip
-        colour = series_colour if len(runs) == 1 else "0.3"
-        axes.plot([], [], color=colour, linestyle=dashes, label=short(key), **circles,
-                  markerfacecolor="white" if number else colour)  # fmt: skip
-    # The legend goes between title and panel, where no line is.
-    num_rows = math.ceil(len(panel.series) / 6)
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 0.98), ncols=6, fontsize=7,
-                handlelength=2 if len(panel.series) > 3 else 3.2, columnspacing=1)  # fmt: skip
-    axes.set_title(panel.title, pad=6 + 11 * num_rows)
-    axes.set_ylabel(panel.unit)
-    axes.set_xlabel("optimizer step")
-    last = max(1, *(run.metrics[-1]["step"] for run in runs))
-    axes.set_xlim(-0.03 * last, 1.03 * last)
-    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
-    axes.yaxis.set_major_formatter(lambda y, _: f"{y:.4g}")
-    if panel.is_share:
-        axes.set_ylim(-0.03, 1.03)  # a line at 0 or at 1 stays visible
-
-
-def draw_line(axes, steps: list[int], values: list[float | None], **style) -> None:
-    """A line that is cut where values are None; a value between two of them becomes a dot."""
-    padded = [None, *values, None]
-    alone = [place for place in range(len(values)) if padded[place] is padded[place + 2] is None]
-    axes.plot(steps, values, marker=".", markersize=5, markevery=alone, **style)
-
-
-def draw_bars(axes, panel: Panel, runs: list[Run]) -> None:
-    """The median step, a colour per run: lines of every run and phase would be too many."""
-    width = 0.8 / len(runs)
-    for number, run in enumerate(runs):
-        values = [[value for value in column(run.metrics, key) if value is not None] or [0.0]
-                  for key in panel.series]  # fmt: skip
-        left = [place - 0.4 + number * width for place in range(len(values))]
-        axes.bar(left, list(map(median, values)), width, align="edge", color=COLOURS[number])
-    axes.set_xticks(range(len(panel.series)), list(map(short, panel.series)))
-    axes.grid(False, axis="x")
-    axes.set_title(panel.title, pad=17)
-    axes.set_ylabel(f"{panel.unit}, median over steps")
-
-
-def add_texts(figure, runs: list[Run], window: int) -> None:
-    """The runs' names above the panels, how to read the lines below them."""
     folders = [run.folder.resolve() for run in runs]
+    parent = os.path.commonpath([folder.parent for folder in folders])
+    names = [os.path.relpath(folder, parent) for folder in folders]
     if len(runs) == 1:
         figure.suptitle(f"{runs[0].stage}: {Path(*folders[0].parts[-2:])}")
     else:
-        parent = os.path.commonpath([folder.parent for folder in folders])
-        handles = []
-        for folder, colour in zip(folders, COLOURS, strict=False):
-            name = os.path.relpath(folder, parent)
-            handles += figure.axes[0].plot([], [], color=colour, linewidth=3, label=name)
-        figure.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=9)
-    parts = [f"pale: each step; strong: mean over the last {window} steps"] if window > 1 else []
-    parts += ["circles: validation"] if any(run.validation for run in runs) else []
-    figure.supxlabel("; ".join(parts), fontsize=8, color="0.3")
+        handles = [Line2D([], [], color=colour, linewidth=3) for colour in COLOURS[: len(runs)]]
+        figure.legend(handles, names, loc="outside upper center", ncols=4, fontsize=9)
+    figure.supxlabel(f"pale: each step; strong: mean of the last {window}; circles: validation",
+                     fontsize=8, color="0.3")  # fmt: skip
+    return figure
 
 
-def short(key: str) -> str:
-    """A key as the legend has it; seconds_rollout stands under the title as rollout."""
-    return "step" if key == "seconds" else key.removeprefix("seconds_")
+def draw_panel(axes, keys: tuple[str, ...], runs: list[Run], window: int) -> None:
+    """Lines, and circles for validation. One run has a colour per key; several have a colour each,
+    and a dash pattern per key."""
+    for number, key in enumerate(keys):
+        for run, run_colour in zip(runs, COLOURS, strict=False):
+            colour = COLOURS[number] if len(runs) == 1 else run_colour
+            steps, values = column(run.metrics, "step"), column(run.metrics, key)
+            # Points too, since no line shows a value between two gaps.
+            axes.plot(steps, values, ".-", color=colour, linewidth=0.5, markersize=2, alpha=0.3)
+            label = key if run is runs[0] else None
+            axes.plot(steps, running_mean(values, window), color=colour, label=label,
+                      linestyle=DASHES[number % len(DASHES)])  # fmt: skip
+            if key in VALIDATED and run.validation:
+                axes.plot(column(run.validation, "step"), column(run.validation, key), "o",
+                          color=colour, markerfacecolor="white" if number else colour)  # fmt: skip
+    axes.set_xlabel("optimizer step")
+    # Between title and panel, where no line is.
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 0.98), ncols=3, fontsize=7)
 
 
-# ------------------------------------------------------------------------------------ command line
+def draw_timings(axes, keys: list[str], runs: list[Run]) -> None:
+    """Bars of the median step and of its phases, a colour per run. Not stacked: each phase is its
+    slowest rank's, so that they may exceed the step."""
+    width = 0.8 / len(runs)
+    for number, run in enumerate(runs):
+        known = [[x for x in column(run.metrics, key) if not math.isnan(x)] for key in keys]
+        left = [place - 0.4 + number * width for place in range(len(keys))]
+        heights = [median(values) if values else 0.0 for values in known]
+        axes.bar(left, heights, width, align="edge", color=COLOURS[number])
+    names = ["step" if key == "seconds" else key.removeprefix("seconds_") for key in keys]
+    axes.set_xticks(range(len(keys)), names)
+    axes.grid(False, axis="x")
+    axes.set(title="Time of a step and of its phases", ylabel="seconds, median over steps")
 
 
-class Parser(argparse.ArgumentParser):
-    """ArgumentParser with UserError for an exit."""
+def draw_composition(path: Path, data_root: str):
+    """Figure 2 from a data file: rows by category and by problem type, the largest first."""
+    from matplotlib.figure import Figure
 
-    def error(self, message: str) -> None:
-        raise UserError(message.removeprefix("argument "))
-
-
-def parse_options() -> argparse.Namespace:
-    """The command line: runs, out, window.
-
-    Raises:
-        UserError: naming the flag whose value makes no sense.
-    """
-    parser = Parser(description="Draw the training curves of runs.", allow_abbrev=False)
-    add = parser.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or its metrics.jsonl")
-    add("--out", type=Path, help="PNG file; default: curves.png in the first run's folder")
-    add("--window", type=int, help="of the running mean, in steps; default: 1/50 of the run")
-    options = parser.parse_args()
-    if options.window is not None and options.window < 1:
-        raise UserError("--window must be at least 1")
-    if options.out is not None and options.out.suffix.lower() != ".png":
-        raise UserError(f"--out {options.out} must end with .png")
-    return options
-
-
-def stop(message: object) -> None:
-    """End with one line for the user."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    samples, faults = check_rows(path, data_root or None)
+    require(samples, f"{path} holds no row that can be read: {faults[:1]}")
+    counts = composition(samples, Path(data_root or path.parent).absolute())
+    categories: Counter[str] = Counter()
+    for name, count in counts["category"].items():
+        categories["other" if name.startswith("other: ") else name] += count
+    figure = Figure((8, 0.3 * len(categories) + 3.4), layout="constrained")
+    panels = figure.subplots(2, height_ratios=[max(3, len(categories)), 5])
+    figure.suptitle(f"{path.name}: {len(samples):,} rows (paper: Figure 2)")
+    for axes, title, bars, colour in (
+        (panels[0], "category", categories, COLOURS[0]),
+        (panels[1], "problem type", counts["problem_type"], COLOURS[2]),
+    ):
+        names, values = zip(*reversed(bars.most_common()), strict=True)
+        labels = [f"{value:,} ({value / len(samples):.1%})" for value in values]
+        axes.bar_label(axes.barh(names, values, color=colour), labels, padding=3)
+        axes.set(title=title, xlabel="rows")
+        axes.margins(x=0.18)
+        axes.grid(False, axis="y")
+    if faults:
+        figure.supxlabel(f"{len(faults):,} rows that cannot be read are left out", fontsize=8)
+    return figure
 
 
 def main() -> None:
+    """Draw what the command line names."""
+    parser = argparse.ArgumentParser(description="Draw runs, or a data file.", allow_abbrev=False)
+    add = parser.add_argument
+    add("paths", nargs="+", type=Path, metavar="PATH", help="runs, or one data file")
+    add("--out", type=Path, help="PNG file; default: curves.png or composition.png beside the path")
+    add("--window", type=int, help="of the running mean, in steps; default: 1/50 of the run")
+    add("--data_root", default="", help="of a data file; default: its folder")
+    options = parser.parse_args()
+    require(options.window is None or options.window >= 1, "--window must be at least 1")
     try:
-        options = parse_options()
-        runs = load_runs(options.runs)
-    except UserError as error:
-        stop(error)
-    window = options.window or max(1, max(len(run.metrics) for run in runs) // 50)
-    out = options.out or runs[0].folder / "curves.png"
-    try:
-        draw(runs, window).savefig(out, dpi=120)
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
-        stop("plot.py draws with matplotlib: pip install matplotlib")
-    except OSError as error:
-        stop(f"--out {out} cannot be written: {error.strerror}")
-    print(f"curves written to {out}")
+        import matplotlib
+    except ModuleNotFoundError:
+        raise UserError("plot.py draws with matplotlib: pip install matplotlib") from None
+    first = options.paths[0]
+    with matplotlib.rc_context(STYLE):
+        if first.is_file() and first.name != "metrics.jsonl":
+            require(len(options.paths) == 1, f"{first} is a data file: name it alone")
+            figure, out = draw_composition(first, options.data_root), first.parent
+            out /= "composition.png"
+        else:
+            require(len(options.paths) <= len(COLOURS), f"a figure has {len(COLOURS)} colours")
+            runs = [load_run(path) for path in options.paths]
+            stages = {run.stage for run in runs}
+            require(len(stages) == 1, "runs of different stages share no figure")
+            window = options.window or max(1, max(len(run.metrics) for run in runs) // 50)
+            figure, out = draw_runs(runs, window), runs[0].folder / "curves.png"
+        out = options.out or out
+        try:
+            figure.savefig(out, dpi=120, format="png")
+        except OSError as error:
+            raise UserError(f"--out {out} cannot be written: {error.strerror}") from None
+    print(f"figure written to {out}")
 
 
 if __name__ == "__main__":
-    main()
+    distributed.run(main)

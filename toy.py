@@ -1,13 +1,11 @@
-"""The embedded default: a tiny Qwen2.5-VL, its tokenizer, clips and pictures, and data sets.
+"""The embedded default: a tiny Qwen2.5-VL, its tokenizer, videos, images and data sets.
 
-Everything is written to disk in the official formats and read back through the doors that a real
-run uses. The clips show a square that moves left, right, up or down. A shuffled clip still shows
-along which line it moves but not which way, so a model that does not use the order of frames
-cannot pass 50% on them.
+Everything is written to disk in the official formats and read back by the code path of a real run.
+The videos show a square that moves left, right, up or down. A shuffled video still shows along
+which line it moves but not which way, so a model that ignores the order of frames cannot pass 50%.
 """
 
 import json
-import os
 import tempfile
 from pathlib import Path
 
@@ -34,25 +32,34 @@ OPPOSITE = {"left": "right", "right": "left", "up": "bottom", "down": "top"}
 ENDS = {"left": "left", "right": "right", "up": "top", "down": "bottom"}
 WORDS = ("stop", "exit", "open", "wait")
 SPLITS = {"sft": 1600, "rl": 800, "test": 320}  # rows, about: each kind is rounded
-# Share of each kind of question; the largest is the one that feels the order of frames.
+# Share of each kind of question; the largest is the one that depends on the order of frames.
 KINDS = {"direction": 0.80, "colour": 0.05, "count": 0.05, "describe": 0.04, "word": 0.03,
          "width": 0.03}  # fmt: skip
 
-# The cold start's reasoning comes from a teacher who guesses the direction in this share of clips,
-# as real teachers do. A model that learns from it stays unsure, which rewards can put right.
+# The teacher of the cold start guesses the direction in this share of videos, so that the SFT model
+# stays uncertain and RL has something to improve.
 WRONG_TEACHER = 0.1
 
 
 def ensure_toy(seed: int = 0) -> None:
-    """Write runs/toy/base and runs/toy/data unless they are there. Deterministic from the seed."""
+    """Write runs/toy/base and runs/toy/data unless they exist. Deterministic given the seed.
+
+    Safe when several processes call it: each writes to a scratch folder of its own, the first to
+    finish renames it into place, and the others, whose bytes are the same, drop theirs.
+    """
     for folder, make in ((BASE, make_model), (FOLDER / "data", make_data)):
         if folder.is_dir():
             continue
         FOLDER.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=FOLDER))
-        make(unfinished, seed)
-        unfinished.chmod(0o755)
-        os.rename(unfinished, folder)  # visible only when whole
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=FOLDER) as scratch:
+            complete = Path(scratch) / folder.name
+            complete.mkdir()
+            make(complete, seed)
+            try:
+                complete.rename(folder)
+            except OSError:
+                if not folder.is_dir():
+                    raise
 
 
 # ----------------------------------------------------------------------------------------- media
@@ -77,14 +84,14 @@ def write_y4m(path: Path, frames: np.ndarray, fps: int = FPS) -> None:
             file.write(b"FRAME\n" + b"".join(plane.tobytes() for plane in frame))
 
 
-def draw_clip(
+def draw_video(
     rng: np.random.Generator, direction: str, colour: str, cold_start: bool
 ) -> np.ndarray:
     """A moving square: uint8 (F, H, W, 3).
 
-    The cold start's clips go the whole way, near the middle, so that the first frames alone give
-    the answer away. Those of RL and of the test start anywhere, may go part of the way, and
-    further off the middle: what is left to learn from rewards.
+    The cold start's videos go the whole way, near the middle, so that the first frames alone give
+    the answer away. Those of RL and of the test set start anywhere, may go part of the way, and
+    further from the middle: what is left to learn from rewards.
     """
     size = int(rng.integers(12, 19))
     room = SIDE - size  # where the square's corner may be
@@ -108,16 +115,16 @@ def draw_clip(
 
 
 def draw_squares(rng: np.random.Generator, count: int, size: int, colour: str) -> Image.Image:
-    """Up to four squares, one to a quarter of the picture (one alone: anywhere)."""
-    picture = np.full((SIDE, SIDE, 3), rng.integers(0, 60), np.uint8)
+    """Up to four squares, one per quarter of the image (one alone: anywhere)."""
+    image = np.full((SIDE, SIDE, 3), rng.integers(0, 60), np.uint8)
     half = SIDE // 2
     for quarter in rng.permutation(4)[:count]:
         room = (SIDE if count == 1 else half) - size
         x, y = (int(v) for v in rng.integers(0, room + 1, 2))
         if count > 1:
             x, y = x + half * (quarter % 2), y + half * (quarter // 2)
-        picture[y : y + size, x : x + size] = COLOURS[colour]
-    return Image.fromarray(picture)
+        image[y : y + size, x : x + size] = COLOURS[colour]
+    return Image.fromarray(image)
 
 
 def draw_word(rng: np.random.Generator, word: str) -> Image.Image:
@@ -133,15 +140,15 @@ def draw_word(rng: np.random.Generator, word: str) -> Image.Image:
 def make_row(
     rng: np.random.Generator, kind: str, media: Path, name: str, cold_start: bool = True
 ) -> dict:
-    """Draw one clip or picture into the folder `media`, and the row of JSON that asks about it."""
+    """Draw one video or image into the folder `media`; returns the row of JSON about it."""
     direction, colour = str(rng.choice(list(DIRECTIONS))), str(rng.choice(list(COLOURS)))
-    told = direction
+    taught = direction
     if cold_start and rng.random() < WRONG_TEACHER:
-        told = str(rng.choice(list(DIRECTIONS)))
+        taught = str(rng.choice(list(DIRECTIONS)))
     size, count = int(rng.integers(8, 41)), int(rng.integers(1, 5))
     word = str(rng.choice(WORDS))
-    letter = "ABCD"[list(DIRECTIONS).index(told)]
-    came_from, went_to = OPPOSITE[told], ENDS[told]
+    letter = "ABCD"[list(DIRECTIONS).index(taught)]
+    came_from, went_to = OPPOSITE[taught], ENDS[taught]
     moves = f"It goes from {came_from} to {went_to}."
     # kind: data_type, problem_type, question, options, reasoning, answer
     forms = {
@@ -149,7 +156,7 @@ def make_row(
                       [f"{a}. {d}" for a, d in zip("ABCD", DIRECTIONS, strict=True)],
                       moves, letter),
         "describe": ("video", "free-form", "What happens in the video?", [],
-                     moves, f"A {colour} square moves {told}"),
+                     moves, f"A {colour} square moves {taught}"),
         "colour": ("image", "multiple choice", "What is the colour of the square?",
                    [f"{a}. {c}" for a, c in zip("ABCD", COLOURS, strict=True)],
                    f"The square is {colour}.", "ABCD"[list(COLOURS).index(colour)]),
@@ -163,16 +170,16 @@ def make_row(
     data_type, problem_type, problem, options, reasoning, answer = forms[kind]
     if data_type == "video":
         file = media / f"{name}.y4m"
-        write_y4m(file, draw_clip(rng, direction, colour, cold_start))
+        write_y4m(file, draw_video(rng, direction, colour, cold_start))
     else:
-        pictures = {
+        images = {
             "colour": lambda: draw_squares(rng, 1, 20, colour),
             "count": lambda: draw_squares(rng, count, 16, colour),
             "word": lambda: draw_word(rng, word),
             "width": lambda: draw_squares(rng, 1, size, colour),
         }
         file = media / f"{name}.png"
-        pictures[kind]().save(file)
+        images[kind]().save(file)
     return {
         "problem": problem, "data_type": data_type, "problem_type": problem_type,
         "options": options, "process": f"<think>{reasoning}</think>",
@@ -182,7 +189,7 @@ def make_row(
 
 
 def make_data(folder: Path, seed: int) -> None:
-    """Write sft.json, rl.json, test.json and their clips and pictures."""
+    """Write sft.json, rl.json, test.json and their videos and images."""
     for number, (split, num_rows) in enumerate(SPLITS.items()):
         rng = np.random.default_rng([seed, number])
         media = folder / split
@@ -202,7 +209,7 @@ def make_data(folder: Path, seed: int) -> None:
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
            "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")  # fmt: skip
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-# Qwen2.5-VL's, for one turn of a user with one picture or clip.
+# Qwen2.5-VL's, for one user turn with one image or video.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"

@@ -1,16 +1,16 @@
-"""What a data file holds, and what a training could not use of it: `python data.py FILE`.
+"""What a data file holds, and what training could not use of it: `python data.py FILE`.
 
     python data.py Video-R1-data/Video-R1-260k.json             rows, composition, missing files
     python data.py FILE --decode all                            decodes every file too
-    python data.py FILE --decode 500 --model MODEL              counts the prompts' tokens too
+    python data.py FILE --decode 500 --model MODEL              counts tokens too
     python data.py FILE --take STAR=900 CLEVRER=900 --out OUT   writes a balanced subset (Sec. 3.1)
 
-The exit code is 0 if every row would be used, 1 if one would not, 2 for a wrong flag or file.
+A row would be used if training with --skip_bad_samples true would use it, as far as the flags
+look: media are decoded with --decode, lengths need --model. The exit code is 0 if every row would
+be used, 1 if one would not, 2 for a wrong flag or file.
 """
 
-import itertools
 import json
-import math
 import os
 import random
 import sys
@@ -26,12 +26,12 @@ from transformers import AutoConfig
 
 import data
 from config import MediaConfig
-from data import Sample, require_solution
+from data import Sample
 from infra.distributed import run_main
-from infra.errors import MediaError, UserError, require
+from infra.errors import MediaError, UnusableSample, UserError, require
 from infra.flags import FlagParser, flag
-from infra.video import FACTOR, MAX_ASPECT, DecoderPool, check_file, smart_resize
-from model import load_tokenizer, resolve_folder
+from infra.video import FACTOR, DecoderPool, check_file
+from model import forbidden_tokens, load_tokenizer, require_room, resolve_folder
 
 # The categories of Figure 2: data_type, rows in Video-R1-260k, and by what a row is known: a folder
 # of its path or the first part of its data_source. The first names of a line are the folders of the
@@ -62,7 +62,7 @@ CATEGORY_OF = {
     for name in names
 }
 MOST_FAULTS, MOST_COUNTS = 20, 60  # lines of a list and of a table
-FILES_PER_JOB = 1000  # that one thread looks for
+ONE_TOKEN = np.zeros((1, FACTOR, FACTOR, 3), np.uint8)  # frames of one vision token
 
 File = tuple[str, str]  # data_type and path: decoded once, however many rows ask about it
 
@@ -72,29 +72,27 @@ class CheckConfig(MediaConfig):
     """Flags of `python data.py FILE`."""
 
     data_root: str = flag("", "what the rows' paths are relative to; default: the file's folder")
-    stage: str = flag("", "training that the rows are for, rl or sft; default: what they look like")
+    stage: str = flag("", "stage that the rows are for; default: by whether most have a process",
+                      choices=("", "rl", "sft"))  # fmt: skip
     decode: str = flag("", "a number of files to decode, drawn by --seed, or all")
-    model: str = flag("", "model folder or Hub id, whose tokenizer counts the prompts' tokens")
+    model: str = flag("", "model folder or Hub id: prompt and response must fit its positions")
+    max_new_tokens: int = flag(768, "with --model, stage rl: room for a response", low=1)
     take: list[str] = flag([], "SOURCE=N [SOURCE=N ..]: write N rows of each data_source to --out")
     out: str = flag("", "file that --take writes; it must not exist")
-    seed: int = flag(0, "of what --decode and --take draw")
+    seed: int = flag(0, "of what --decode and --take draw", low=0)
 
     def check(self) -> None:
-        """Raises UserError naming the first flag whose value makes no sense."""
+        """Raise UserError naming the first flag whose value makes no sense."""
         super().check()
-        require(self.seed >= 0, "--seed must not be negative")
-        require(self.stage in ("", "rl", "sft"), "--stage takes rl or sft")
         number = self.decode.isdecimal() and int(self.decode) >= 1
         allowed = number or self.decode in ("", "all")
         require(allowed, f"--decode takes a number of files or all, not {self.decode!r}")
         parse_take(self.take)
-        require(self.out or not self.take, "--take is given without --out: where to write?")
-        require(self.take or not self.out, "--out is given without --take SOURCE=N: what to write?")
+        require(bool(self.take) == bool(self.out), "--take SOURCE=N and --out FILE need each other")
         if self.out:
-            out = Path(self.out)
-            require(not os.path.lexists(out), f"--out {out} exists already: name another file")
-            writable = out.parent.is_dir() and os.access(out.parent, os.W_OK)
-            require(writable, f"--out {out}: {out.parent} is no folder that can be written to")
+            require(not os.path.lexists(self.out), f"--out {self.out} exists already")
+            folder = Path(self.out).parent
+            require(folder.is_dir(), f"--out {self.out}: {folder} is not a folder")
 
 
 def parse_flags(argv: list[str] | None = None) -> tuple[str, CheckConfig]:
@@ -106,7 +104,7 @@ def parse_flags(argv: list[str] | None = None) -> tuple[str, CheckConfig]:
     parser = FlagParser(
         CheckConfig,
         allow_abbrev=False,
-        description="Checks a data file, and the clips and pictures that it names, before training",
+        description="Checks a data file, and the videos and images that it names, before training",
         epilog="Exit code: 0 every row would be used, 1 one would not, 2 a wrong flag or file.",
     )
     parser.add_argument("FILE", help="JSON list, or JSON lines, of rows in the official format")
@@ -149,6 +147,16 @@ def category_of(sample: Sample, root: Path) -> str:
     return next(filter(None, known), f"other: {source_of(sample, root)}")
 
 
+def composition(samples: list[Sample], root: Path) -> dict[str, Counter]:
+    """Rows by category of Figure 2, data_source, data_type and problem_type."""
+    return {
+        "category": Counter(category_of(sample, root) for sample in samples),
+        "data_source": Counter(source_of(sample, root) for sample in samples),
+        "data_type": Counter(sample.data_type for sample in samples),
+        "problem_type": Counter(sample.problem_type for sample in samples),
+    }
+
+
 def print_lines(lines: Iterable[str], most: int = MOST_FAULTS, indent: str = "  ") -> None:
     lines = list(lines)
     for line in lines[:most]:
@@ -157,103 +165,103 @@ def print_lines(lines: Iterable[str], most: int = MOST_FAULTS, indent: str = "  
         print(f"{indent}.. and {len(lines) - most:,} more")
 
 
-def report_rows(
-    samples: list[Sample], unreadable: list[str], config: CheckConfig, file: str
-) -> list[Sample]:
-    """Print the rows that cannot be used; returns the samples that training.load_inputs takes."""
-    with_process = sum(bool(sample.process.strip()) for sample in samples)
-    stage = config.stage or ("sft" if 2 * with_process > len(samples) else "rl")
-    faults, usable = list(unreadable), []
-    for sample in samples:
-        try:
-            data.require_no_vision_tokens(sample)
-            (data.require_process if stage == "sft" else require_solution)(sample)
-            usable.append(sample)
-        except UserError as error:
-            faults.append(f"{file}, {error}")
-    assumed = "" if config.stage else f", assumed: {with_process:,} rows have a process"
-    print(f"{file}: {len(samples) + len(unreadable):,} rows (--stage {stage}{assumed})")
-    print(f"Rows that cannot be used: {len(faults):,}")
-    print_lines(faults)
-    return usable
-
-
-def report_composition(samples: list[Sample], sources: dict[int, str], root: Path) -> None:
-    """Print count and share of the rows that can be read, in four ways; the largest first."""
+def print_composition(samples: list[Sample], root: Path) -> None:
+    """Count and share of the readable rows, in four ways; the largest first."""
     paper = {category: f"   paper: {count}" for category, (_, count, _) in CATEGORIES.items()}
-    for title, names in {
-        "category": [category_of(sample, root) for sample in samples],
-        "data_source": [sources[sample.row] for sample in samples],
-        "data_type": [sample.data_type for sample in samples],
-        "problem_type": [sample.problem_type for sample in samples],
-    }.items():
+    for title, counts in composition(samples, root).items():
         print(f"\n{title:42}     rows   share")
-        lines = [f"{name:40} {count:9,}  {count / len(names):6.1%}{paper.get(name, '')}"
-                 for name, count in Counter(names).most_common()]  # fmt: skip
+        lines = [f"{name:40} {count:9,}  {count / len(samples):6.1%}{paper.get(name, '')}"
+                 for name, count in counts.most_common()]  # fmt: skip
         print_lines(lines, MOST_COUNTS)
 
 
-# -------------------------------------------------------------------------------------------- files
+def usable_rows(samples: list[Sample], stage: str) -> tuple[list[Sample], list[str]]:
+    """The samples that training of a stage takes, and why it leaves out the others."""
+    usable, faults = [], []
+    for sample in samples:
+        try:
+            data.require_no_vision_tokens(sample)
+            (data.require_process if stage == "sft" else data.require_solution)(sample)
+            usable.append(sample)
+        except UserError as error:
+            faults.append(str(error))
+    return usable, faults
+
+
+# -------------------------------------------------------------------------------- files, lengths
 
 
 def file_of(sample: Sample) -> File:
     return sample.data_type, sample.path
 
 
-def report_missing(samples: list[Sample], sources: dict[int, str]) -> set[File]:
-    """Print, and return, the files that are not there or are empty."""
-    files = list(dict.fromkeys(map(file_of, samples)))
-    jobs = [files[start : start + FILES_PER_JOB] for start in range(0, len(files), FILES_PER_JOB)]
-    reasons = {}
-    with (
-        ThreadPoolExecutor(4) as threads,  # on a network drive each look waits
-        tqdm(total=len(files), desc="files", unit="file", dynamic_ncols=True) as bar,
-    ):
-        for job, found in zip(jobs, threads.map(look_for, jobs), strict=True):
-            reasons |= found
-            bar.update(len(job))
-    print(f"\nFiles that are missing: {len(reasons):,} of {len(files):,}")
-    print_bad_files(reasons, samples, sources, most=3)
-    return set(reasons)
+def missing_files(samples: list[Sample]) -> tuple[int, dict[File, str]]:
+    """How many files there are, and why some cannot be opened. A video may be in another
+    container."""
 
-
-def look_for(files: list[File]) -> dict[File, str]:
-    """The files that cannot be opened, and why. A clip may be in another container."""
-    reasons = {}
-    for data_type, path in files:
+    def reason(file: File) -> str:
         try:
-            check_file(data.clip_path(path) if data_type == "video" else path)
+            check_file(data.clip_path(file[1]) if file[0] == "video" else file[1])
         except MediaError as error:
-            reasons[data_type, path] = str(error)
-    return reasons
+            return str(error)
+        return ""
+
+    files = list(dict.fromkeys(map(file_of, samples)))
+    with ThreadPoolExecutor(4) as threads:  # on a network drive each look waits
+        found = tqdm(threads.map(reason, files), "files", len(files), dynamic_ncols=True)
+        reasons = dict(zip(files, found, strict=True))
+    return len(files), {file: why for file, why in reasons.items() if why}
 
 
-def print_bad_files(
-    reasons: dict[File, str], samples: list[Sample], sources: dict[int, str], most: int
-) -> None:
-    """Files that cannot be used by source, the worst first: how many, and the first reasons."""
-    by_source: dict[str, dict[File, str]] = defaultdict(dict)
-    for sample in samples:
-        if file_of(sample) in reasons:
-            by_source[sources[sample.row]][file_of(sample)] = reasons[file_of(sample)]
-    for source, bad in sorted(by_source.items(), key=lambda item: -len(item[1])):
-        print(f"  {source}: {len(bad):,}")
-        print_lines(bad.values(), most, indent="    ")
+class Measure:
+    """Prompt and response of a row in tokens, by the code that training runs.
+
+    lengths: tokens of prompt and response by row. faults: why a row does not fit, by row.
+    """
+
+    def __init__(self, config: CheckConfig, stage: str, template: str):
+        self.tokenizer = load_tokenizer(config.model)
+        self.config = AutoConfig.from_pretrained(resolve_folder(config.model))
+        self.num_new_tokens = config.max_new_tokens
+        self.stage, self.template = stage, template
+        self.lengths: dict[int, int] = {}
+        self.faults: dict[int, str] = {}
+
+    def __call__(self, sample: Sample, frames) -> None:
+        """frames: as make_prompt takes them."""
+        prompt = data.make_prompt(sample, self.tokenizer, frames, template=self.template)
+        num_new_tokens = self.num_new_tokens
+        try:
+            if self.stage == "sft":
+                response = data.response_ids(sample, self.tokenizer)
+                num_new_tokens = len(response)
+                spelled = set(response.tolist()) & set(forbidden_tokens(self.config))
+                if spelled:
+                    raise UnusableSample(
+                        f"its response spells {self.tokenizer.decode(sorted(spelled))}, which the "
+                        "model can never sample: its log-probability is -inf"
+                    )
+            require_room(prompt, num_new_tokens, self.config)
+        except UnusableSample as error:
+            self.faults[sample.row] = f"row {sample.row} (problem {sample.problem_id}): {error}"
+        self.lengths[sample.row] = len(prompt.input_ids) + num_new_tokens
 
 
-def report_decoding(
-    samples: list[Sample], sources: dict[int, str], config: CheckConfig
-) -> tuple[dict[File, int], set[File]]:
-    """Decode --decode of the samples' files and print those that cannot be decoded.
+def decode_files(
+    samples: list[Sample], config: CheckConfig, measure: Measure | None
+) -> tuple[int, dict[File, str]]:
+    """Decode --decode of the samples' files, each once, and measure the rows that ask about it.
 
     Returns:
-        the number of vision tokens of each file that was decoded; the files that cannot be.
+        how many files were tried, and why some cannot be decoded.
     """
-    sample_of = {file_of(sample): sample for sample in samples}
-    files = list(sample_of)
+    rows = defaultdict(list)
+    for sample in samples:
+        rows[file_of(sample)].append(sample)
+    files = list(rows)
     if config.decode != "all" and int(config.decode) < len(files):
         files = random.Random(config.seed).sample(files, int(config.decode))
-    tokens, reasons, waiting = {}, {}, deque()
+    reasons, waiting = {}, deque()
     ahead = 2 * config.num_workers  # the frames of so many files are in memory at most
     with (
         DecoderPool(config.num_workers, config.decode_timeout) as pool,
@@ -261,115 +269,72 @@ def report_decoding(
     ):
         for turn in range(len(files) + ahead):
             if turn < len(files):
-                waiting.append(data.submit_decode(pool, sample_of[files[turn]], config.limits()))
+                sample = rows[files[turn]][0]
+                waiting.append(data.submit_decode(pool, sample, config.limits()))
             if turn >= ahead:
                 file = files[turn - ahead]
                 try:
-                    tokens[file] = num_vision_tokens(waiting.popleft().result()[0].shape)
+                    frames = waiting.popleft().result()
                 except MediaError as error:
                     reasons[file] = str(error)
+                else:
+                    for sample in rows[file] if measure else ():
+                        measure(sample, frames)
                 bar.update()
-    print(f"\nFiles that cannot be decoded: {len(reasons):,} of {len(files):,} that were tried")
-    print_bad_files(reasons, samples, sources, MOST_FAULTS)
-    return tokens, set(reasons)
+    return len(files), reasons
 
 
-# ----------------------------------------------------------------------------------------- lengths
+def print_bad_files(reasons: dict[File, str], samples: list[Sample], root: Path, most: int) -> None:
+    """Unusable files by source, the worst source first: how many, and the first reasons."""
+    by_source: dict[str, dict[File, str]] = defaultdict(dict)
+    for sample in samples:
+        if file_of(sample) in reasons:
+            by_source[source_of(sample, root)][file_of(sample)] = reasons[file_of(sample)]
+    for source, bad in sorted(by_source.items(), key=lambda item: -len(item[1])):
+        print(f"  {source}: {len(bad):,}")
+        print_lines(bad.values(), most, indent="    ")
 
 
-def num_vision_tokens(shape: tuple[int, ...]) -> int:
-    """What make_prompt puts into a prompt for frames of a shape (F, H, W, 3)."""
-    count, height, width, _ = shape
-    return math.ceil(count / data.TEMPORAL_PATCH) * (height // FACTOR) * (width // FACTOR)
-
-
-def num_text_tokens(sample: Sample, tokenizer, template: str) -> int:
-    """A prompt's other tokens, by make_prompt for a picture of one vision token."""
-    picture = np.zeros((1, FACTOR, FACTOR, 3), np.uint8)
-    return len(data.make_prompt(sample, tokenizer, picture, template=template).input_ids) - 1
-
-
-def most_vision_tokens(data_type: str, limits: dict[str, int]) -> int:
-    """The most vision tokens that a clip or a picture of any shape has within the limits.
-
-    They exceed --max_pixels where a picture is thin, since its short side has a token at least, and
-    where a small one is enlarged to a --min_pixels near it, since sides are rounded up. So this
-    asks smart_resize about a huge and a tiny picture of each shape that media.resize takes.
-    """
-    most = limits["max_pixels" if data_type == "video" else "image_max_pixels"]
-    pixels = max(
-        math.prod(smart_resize(height, height * ratio / 100, limits["min_pixels"], most))
-        for height, ratio in itertools.product((1e5, 0.1), range(100, 100 * MAX_ASPECT + 1))
-    )
-    grids = max(1, limits["max_frames"] // data.TEMPORAL_PATCH) if data_type == "video" else 1
-    return grids * (max(pixels, most) // FACTOR**2)
-
-
-def report_lengths(
-    samples: list[Sample], tokens: dict[File, int] | None, template: str, config: CheckConfig
-) -> set[int]:
-    """Print the lengths of prompts in tokens; returns the rows whose prompt is too long.
-
-    Args:
-        tokens: vision tokens of the decoded files: only rows of these are measured. None: nothing
-            was decoded, so the text alone is measured, of all rows.
-    """
-    tokenizer = load_tokenizer(config.model)
-    settings = AutoConfig.from_pretrained(resolve_folder(config.model))
-    limit = settings.get_text_config().max_position_embeddings
-    if tokens is not None:
-        samples = [sample for sample in samples if file_of(sample) in tokens]
-    lengths = {}
-    for sample in tqdm(samples, desc="prompts", unit="row", dynamic_ncols=True):
-        seen = 0 if tokens is None else tokens[file_of(sample)]
-        lengths[sample.row] = num_text_tokens(sample, tokenizer, template) + seen
-    what = "their text alone" if tokens is None else "of the decoded files"
-    print(f"\nTokens of prompts, {what}: {len(lengths):,} rows")
+def print_lengths(measure: Measure, samples: list[Sample]) -> None:
+    """Quantiles of the lengths and the rows that do not fit. Rows whose media were not decoded are
+    measured with one vision token, so that only their text counts."""
+    decoded = list(measure.lengths.values())
+    for sample in tqdm(samples, desc="lengths", unit="row", dynamic_ncols=True):
+        if sample.row not in measure.lengths:
+            measure(sample, ONE_TOKEN)
+    what = "rows of decoded files" if decoded else "rows, without their vision tokens (--decode)"
+    lengths = decoded or list(measure.lengths.values())
+    print(f"\nTokens of prompt and response, {len(lengths):,} {what}")
     if lengths:  # each quantile is a length that occurs
-        values = np.quantile(list(lengths.values()), (0, 0.5, 0.95, 1), method="inverted_cdf")
+        values = np.quantile(lengths, (0, 0.5, 0.95, 1), method="inverted_cdf")
         print("  min {:,}   median {:,}   95th percentile {:,}   max {:,}".format(*values))
-    if tokens is None:
-        for data_type in sorted({sample.data_type for sample in samples}):
-            most = most_vision_tokens(data_type, config.limits())
-            print(f"  {data_type}: at most {most:,} vision tokens more, whatever its shape")
-    too_long = {row for row, length in lengths.items() if length > limit}
-    print(f"  rows beyond the model's {limit:,} positions: {len(too_long):,}")
-    print_lines((f"row {row}: {lengths[row]:,} tokens" for row in sorted(too_long)), indent="    ")
-    return too_long
+    print(f"  rows that the model cannot take: {len(measure.faults):,}")
+    print_lines((measure.faults[row] for row in sorted(measure.faults)), indent="    ")
 
 
 # -------------------------------------------------------------------------------------- the subset
 
 
-def draw_rows(
-    samples: list[Sample], sources: dict[int, str], wanted: dict[str, int], seed: int
-) -> set[int]:
-    """N rows of each source, without replacement. What is drawn from a source depends on the seed
-    and on its own rows, not on the other sources.
+def write_subset(
+    file: str, root: Path, used: list[Sample], wanted: dict[str, int], config: CheckConfig
+) -> None:
+    """Draw N rows of each source without replacement, and write them as they are, in the file's
+    order. What is drawn from a source depends on the seed and on its own rows alone.
 
     Raises:
-        UserError: a source has fewer rows.
+        UserError: a source has fewer usable rows.
     """
     drawn: set[int] = set()
     for source, number in wanted.items():
-        rows = [sample.row for sample in samples if sources[sample.row] == source]
+        rows = [sample.row for sample in used if source_of(sample, root) == source]
         few = f"--take {source}={number}: only {len(rows):,} rows of {source} can be used"
         require(len(rows) >= number, few)
-        drawn.update(random.Random(f"{seed} {source}").sample(rows, number))
-    return drawn
-
-
-def write_subset(file: str, root: Path, drawn: set[int], out: Path) -> None:
-    """Write the drawn rows as they are, in the file's order: a training shuffles them anyway, and
-    so the subset can be compared with the file."""
+        drawn.update(random.Random(f"{config.seed} {source}").sample(rows, number))
     rows, _ = data.read_rows(Path(file))
     text = ",\n".join(json.dumps(row) for number, row in rows.items() if number in drawn)
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}")
-    unfinished.write_text(f"[\n{text}\n]\n", encoding="utf-8")
-    os.replace(unfinished, out)
-    print(f"\n{len(drawn):,} rows written; to train on them: --data {out} --data_root {root}")
-    if out.absolute().parent != root:
-        print(f"  their paths stay relative to the data root, which is not {out.parent}")
+    Path(config.out).write_text(f"[\n{text}\n]\n", encoding="utf-8")
+    print(f"\n{len(drawn):,} rows written; to train on them: --data {config.out} "
+          f"--data_root {root}")  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -377,29 +342,39 @@ def main(argv: list[str] | None = None) -> None:
     file, config = parse_flags(argv)
     config.check()
     template = data.load_template(config.prompt_template)
-    if config.model:  # what is wrong with it shows before hours of decoding
-        load_tokenizer(config.model)
-    samples, unreadable = data.check_rows(file, config.data_root or None)
+    samples, faults = data.check_rows(file, config.data_root or None)
+    num_rows = len(samples) + len(faults)
+    with_process = sum(bool(sample.process.strip()) for sample in samples)
+    stage = config.stage or ("sft" if 2 * with_process > len(samples) else "rl")
+    measure = Measure(config, stage, template) if config.model else None
     root = Path(config.data_root or Path(file).parent).absolute()
-    sources = {sample.row: source_of(sample, root) for sample in samples}
-    wanted, known = parse_take(config.take), sorted(set(sources.values()))
+    wanted, sources = parse_take(config.take), {source_of(sample, root) for sample in samples}
     for source in wanted:
-        require(source in known, f"--take {source}: no such source; known are {', '.join(known)}")
+        known = ", ".join(sorted(sources))
+        require(source in sources, f"--take {source}: no such source; known are {known}")
 
-    used = report_rows(samples, unreadable, config, file)
-    report_composition(samples, sources, root)
-    missing = report_missing(samples, sources)
-    used = [sample for sample in used if file_of(sample) not in missing]
-    tokens = None
+    assumed = "" if config.stage else f", assumed: {with_process:,} rows have a process"
+    print(f"{file}: {num_rows:,} rows (--stage {stage}{assumed})")
+    used, unusable = usable_rows(samples, stage)
+    faults += [f"{file}, {fault}" for fault in unusable]
+    print(f"Rows that cannot be used: {len(faults):,}")
+    print_lines(faults)
+    print_composition(samples, root)
+
+    num_files, bad = missing_files(samples)
+    print(f"\nFiles that are missing: {len(bad):,} of {num_files:,}")
+    print_bad_files(bad, samples, root, most=3)
+    used = [sample for sample in used if file_of(sample) not in bad]
     if config.decode:
-        tokens, undecodable = report_decoding(used, sources, config)
-        used = [sample for sample in used if file_of(sample) not in undecodable]
-    if config.model:
-        too_long = report_lengths(used, tokens, template, config)
-        used = [sample for sample in used if sample.row not in too_long]
+        num_files, bad = decode_files(used, config, measure)
+        print(f"\nFiles that cannot be decoded: {len(bad):,} of {num_files:,} that were tried")
+        print_bad_files(bad, used, root, MOST_FAULTS)
+        used = [sample for sample in used if file_of(sample) not in bad]
+    if measure:
+        print_lengths(measure, used)
+        used = [sample for sample in used if sample.row not in measure.faults]
     if wanted:
-        write_subset(file, root, draw_rows(used, sources, wanted, config.seed), Path(config.out))
-    num_rows = len(samples) + len(unreadable)
+        write_subset(file, root, used, wanted, config)
     print(f"\n{len(used):,} of {num_rows:,} rows would be used")
     if len(used) < num_rows:
         sys.exit(1)

@@ -1,23 +1,27 @@
 """toy.py: the same bytes from the same seed, right answers, a model folder as the Hub has it.
 
-The toy is read back through the doors of a real run: load_samples, read_frames, from_pretrained.
+The toy is read back by the code of a real run: load_samples, read_frames, from_pretrained.
 """
 
 import json
 import math
+import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer
 from transformers import Qwen2_5_VLForConditionalGeneration as Qwen
 
 import data
 import rewards
 import toy
 
+ROOT = Path(__file__).parent.parent
 NAMES = tuple(toy.SPLITS)
 
 
@@ -91,27 +95,12 @@ def test_another_seed_gives_other_data_and_weights(tmp_path, monkeypatch):
         assert len(set(shown)) == len(shown)
 
 
-def test_never_made_twice(folder, monkeypatch):
-    monkeypatch.chdir(folder.parent.parent)
-
-    def state():
-        paths = [folder, *folder.rglob("*")]
-        return {path: (info.st_ino, info.st_mtime_ns, info.st_size)
-                for path in paths for info in [path.stat()]}  # fmt: skip
-
-    before = state()
-    assert len(before) > 0.9 * sum(toy.SPLITS.values())
-    for seed in (0, 1):
-        toy.ensure_toy(seed)
-    assert state() == before
-
-
 def test_only_what_is_missing_is_made_and_only_whole(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     made = []
 
     def make(folder, seed):
-        made.append((folder, seed))
+        made.append(seed)
         (folder / "file").write_text("whole")
 
     def fail(folder, seed):
@@ -122,14 +111,45 @@ def test_only_what_is_missing_is_made_and_only_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(toy, "make_data", fail)
     with pytest.raises(OSError, match="disk full"):
         toy.ensure_toy(seed=3)
-    assert (toy.BASE / "file").read_text() == "whole"
-    assert not toy.TEST_DATA.parent.exists()
-
+    assert [path.name for path in toy.FOLDER.iterdir()] == ["base"]  # no scratch folder is left
     monkeypatch.setattr(toy, "make_data", make)
     toy.ensure_toy(seed=3)
+    toy.ensure_toy(seed=4)
     assert (toy.TEST_DATA.parent / "file").read_text() == "whole"
-    assert [seed for _, seed in made] == [3, 3]  # the model once, the data once
+    assert made == [3, 3]  # the model once, the data once
     assert toy.BASE.stat().st_mode & 0o777 == 0o755  # others may read it
+
+
+# Each process waits, its scratch folder written, until the other's is written too.
+TOGETHER = """
+import sys, time
+from pathlib import Path
+import toy
+
+def make_when_both(what):
+    def make(folder, seed):
+        (folder / "file").write_text("whole")
+        Path(f"{what}.{sys.argv[1]}").touch()
+        while len(list(Path().glob(f"{what}.[ab]"))) < 2:
+            time.sleep(0.01)
+    return make
+
+toy.make_model, toy.make_data = make_when_both("model"), make_when_both("data")
+toy.ensure_toy()
+"""
+
+
+def test_two_commands_that_start_together_make_one_toy(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", TOGETHER]
+    processes = [subprocess.Popen([*command, name], cwd=tmp_path, env=environment,
+                                  stderr=subprocess.PIPE, text=True) for name in "ab"]  # fmt: skip
+    ends = [(process.communicate(timeout=120)[1], process.returncode) for process in processes]
+    assert ends == [("", 0)] * 2
+    folder = tmp_path / "runs/toy"
+    assert {path.name for path in folder.iterdir()} == {"base", "data"}
+    for name in ("base", "data"):
+        assert [path.name for path in (folder / name).iterdir()] == ["file"]
 
 
 # ------------------------------------------------------------------------------------ the data sets
@@ -192,14 +212,6 @@ def test_no_clip_of_the_test_set_is_trained_on(splits):
                 for name in names for sample in splits[name] if sample.is_video}  # fmt: skip
 
     assert not clips("test") & clips("sft", "rl")
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_every_solution_can_be_scored(splits, name):
-    for sample in splits[name]:
-        rewards.check_solution(sample.solution, sample.problem_type)
-        assert answer_of(sample)
-        assert rewards.accuracy_reward(sample.solution, sample.solution, sample.problem_type) == 1
 
 
 def test_every_sft_response_survives_the_tokenizer_and_earns_all(splits, tokenizer):
@@ -348,16 +360,6 @@ def test_model_reads_a_prompt_and_generates(splits, tokenizer, model_and_report)
     assert logits[0, -1].std() > 1e-3
 
 
-def test_generation_config_carries_the_hubs_traps(folder, tokenizer):
-    settings = GenerationConfig.from_pretrained(folder / "base")
-    assert settings.do_sample is True
-    assert settings.repetition_penalty == 1.05
-    assert settings.temperature == 1e-6
-    end, padding = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
-    assert settings.eos_token_id == [end, padding]
-    assert settings.pad_token_id == padding
-
-
 def test_ids_of_config_and_tokenizer_agree(folder, tokenizer):
     config = AutoConfig.from_pretrained(folder / "base")
     for name, token in {
@@ -370,34 +372,6 @@ def test_ids_of_config_and_tokenizer_agree(folder, tokenizer):
     assert tokenizer.eos_token == "<|im_end|>"
     assert tokenizer.pad_token == "<|endoftext|>"
     assert tokenizer.chat_template
-
-
-def test_preprocessor_config_is_qwens(folder):
-    settings = json.loads((folder / "base/preprocessor_config.json").read_text())
-    assert settings["image_mean"] == list(data.CLIP_MEAN)
-    assert settings["image_std"] == list(data.CLIP_STD)
-    sizes = (settings["patch_size"], settings["temporal_patch_size"], settings["merge_size"])
-    assert sizes == (data.PATCH, data.TEMPORAL_PATCH, data.MERGE)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        pytest.param("方块向哪个方向移动？", id="Chinese"),
-        pytest.param("😀 👩‍👩‍👧 🇨🇳", id="emoji"),
-        pytest.param("naïve Ω ﬁ e\u0301", id="accents, not normalised"),
-        pytest.param("  two  spaces\tand\r\n\n lines ", id="white space"),
-        pytest.param("<think>a</think>\n<answer>B</answer>", id="tags"),
-        pytest.param("<|unknown|> < answer > </ think>", id="no tags"),
-        pytest.param("\0\x7f\u2028\uffff\U0010ffff", id="odd characters"),
-        pytest.param("x" * 5000, id="longer than the model"),
-        pytest.param("", id="empty"),
-    ],
-)
-def test_any_text_round_trips(tokenizer, text):
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert tokenizer.decode(ids) == text
-    assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
 @pytest.mark.parametrize("token", toy.SPECIAL + toy.TAGS)

@@ -1,6 +1,5 @@
 """check_data.py: `python data.py FILE`, on small files whose counts are worked out by hand."""
 
-import dataclasses
 import json
 import os
 import re
@@ -16,7 +15,6 @@ from transformers import AutoTokenizer
 
 import data
 import toy
-import train_rl
 from evaluation import check_data
 from infra import video as media
 from infra.distributed import run_main
@@ -27,15 +25,15 @@ ROW = {
     "problem_type": "numerical", "options": None, "solution": "<answer>3</answer>",
     "path": "./Math/Multimath-300k/a.png", "data_source": "Multimath-300k",
 }  # fmt: skip
-CLIP = {**ROW, "data_type": "video", "path": "./STAR/clip.mp4", "data_source": "STAR/x"}
+VIDEO = {**ROW, "data_type": "video", "path": "./STAR/clip.mp4", "data_source": "STAR/x"}
 CHOICE = {"problem_type": "multiple choice", "options": ["A. left", "B. right"]}
 LEFT = {**CHOICE, "solution": "<answer>A</answer>"}
 ROWS = [
     ROW,
     {**ROW, **LEFT, "mine": [1, {"k": None}]},
-    {**CLIP, **LEFT},
-    {**CLIP, "problem_type": "free-form", "solution": "a square moves"},
-    {**CLIP, **LEFT, "path": "./CLEVRER/gone.mp4", "data_source": "CLEVRER"},
+    {**VIDEO, **LEFT},
+    {**VIDEO, "problem_type": "free-form", "solution": "a square moves"},
+    {**VIDEO, **LEFT, "path": "./CLEVRER/gone.mp4", "data_source": "CLEVRER"},
     {**ROW, "path": "./Chart/ChartQA/garbage.png", "data_source": "ChartQA"},
     {key: value for key, value in ROW.items() if key != "solution"},
     {**ROW, "problem": "What is <|image_pad|>?"},
@@ -49,27 +47,31 @@ LIMITS = check_data.CheckConfig().limits()
 
 @pytest.fixture
 def folder(tmp_path):
-    """rows.json and its files: pictures of 56 x 84 pixels (6 tokens), a clip of 4 frames of 56 x 56
-    (8 tokens) in another container than the row says, a picture that is none, one file missing."""
-    picture = Image.new("RGB", (84, 56), (200, 10, 10))
+    """rows.json and its files: images of 56 x 84 pixels (6 tokens), a video of 4 frames of 56 x 56
+    (8 tokens) in another container than the row says, an image that is none, one file missing."""
+    image = Image.new("RGB", (84, 56), (200, 10, 10))
     for row in (ROWS[0], ROWS[9], ROWS[10]):
         (tmp_path / row["path"]).parent.mkdir(parents=True, exist_ok=True)
-        picture.save(tmp_path / row["path"])
+        image.save(tmp_path / row["path"])
     (tmp_path / "STAR").mkdir()
     frames = np.arange(4, dtype=np.uint8)[:, None, None, None] * np.full((4, 56, 56, 3), 50, "u1")
     toy.write_y4m(tmp_path / "STAR/clip.y4m", frames, fps=2)
     (tmp_path / "Chart/ChartQA").mkdir(parents=True)
-    (tmp_path / "Chart/ChartQA/garbage.png").write_bytes(b"no picture")
+    (tmp_path / "Chart/ChartQA/garbage.png").write_bytes(b"not an image")
     write(tmp_path / "rows.json", ROWS)
     return tmp_path
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A model folder without weights: the toy's tokenizer, and room for 150 positions."""
+    """A model folder without weights: the toy's tokenizer, and room for 250 positions."""
     path = tmp_path_factory.mktemp("model")
-    toy.make_tokenizer(path)
-    settings = {"model_type": "qwen2_5_vl", "max_position_embeddings": 150}
+    ids = toy.make_tokenizer(path)
+    settings = {
+        "model_type": "qwen2_5_vl", "max_position_embeddings": 250,
+        "vision_config": {"tokens_per_second": 2}, "eos_token_id": ids["<|im_end|>"],
+        "pad_token_id": ids["<|endoftext|>"],
+    }  # fmt: skip
     (path / "config.json").write_text(json.dumps(settings))
     return path
 
@@ -146,19 +148,12 @@ def test_without_faults_the_exit_code_is_0(folder, capsys):
     assert report.endswith("\n6 of 6 rows would be used\n")
 
 
-def test_undecodable_files_are_not_known_without_decode(folder, capsys):
-    code, report, _ = check(capsys, folder / "rows.json")
-    assert code == 1
-    assert "decoded" not in report
-    assert report.endswith("\n7 of 11 rows would be used\n")
-
-
 def test_as_a_process(folder):
     command = [sys.executable, str(ROOT / "data.py"), "rows.json"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stdout.startswith("rows.json: 11 rows")
-    assert done.stdout.endswith("\n7 of 11 rows would be used\n")
+    assert done.stdout.endswith("\n7 of 11 rows would be used\n")  # not decoded: one more
     assert "Traceback" not in done.stderr
 
 
@@ -207,7 +202,6 @@ THOUGHT = {"process": "<think>So.</think>"}
     ("rows", "flags", "header", "used"),
     [
         pytest.param([{**ROW, **THOUGHT}] * 2 + [ROW], [], "sft, assumed: 2 rows", 2, id="most"),
-        pytest.param([{**ROW, **THOUGHT}, ROW], [], "rl, assumed: 1 rows", 2, id="half"),
         pytest.param([{**ROW, "process": " "}], [], "rl, assumed: 0 rows", 1, id="blank"),
         pytest.param([{**ROW, **THOUGHT}, ROW], ["--stage", "sft"], "sft)", 1, id="sft"),
         pytest.param([{**ROW, **THOUGHT, "solution": "x"}], [], "sft, assumed", 1, id="sft-x"),
@@ -224,7 +218,7 @@ def test_the_stage_decides_which_rows_are_of_use(folder, capsys, rows, flags, he
 @pytest.mark.parametrize(
     ("change", "flags", "training"),
     [
-        pytest.param({"solution": "three"}, [], train_rl.require_solution, id="rl"),
+        pytest.param({"solution": "three"}, [], data.require_solution, id="rl"),
         pytest.param({}, ["--stage", "sft"], data.require_process, id="sft"),
         pytest.param({"problem": "<|video_pad|>"}, [], data.require_no_vision_tokens, id="token"),
     ],
@@ -245,7 +239,7 @@ def test_a_row_is_refused_in_the_trainings_words(folder, capsys, change, flags, 
     [
         pytest.param(
             "video", "./LLaVA-Video-178K/videos/a.mp4", "LLaVA-Video-178K/30_60_s_youtube_v0_1",
-            "General (Video)", "LLaVA-Video-178K/30_60_s_youtube_v0_1", id="official-clip",
+            "General (Video)", "LLaVA-Video-178K/30_60_s_youtube_v0_1", id="official-video",
         ),
         pytest.param("image", "./Knowledge/ArxivQA/images/a.jpg", "", "Knowledge (Image)",
                      "Knowledge/ArxivQA", id="official-without-source"),
@@ -253,12 +247,9 @@ def test_a_row_is_refused_in_the_trainings_words(folder, capsys, change, flags, 
         pytest.param("image", "images/a.jpg", "TQA", "Knowledge (Image)", "TQA", id="by-source"),
         pytest.param("image", "images/a.jpg", "EXAMS-V/History", "Knowledge (Image)",
                      "EXAMS-V/History", id="by-part-of-source"),
-        pytest.param("image", "x/OCR/a.jpg", "", "OCR (Image)", "x/OCR", id="deeper-folder"),
         pytest.param("image", "OCR.jpg", "", "other: (no source)", "(no source)", id="a-file"),
-        pytest.param("image", "a/b/c/d.jpg", "", "other: a/b", "a/b", id="two-folders"),
         pytest.param("image", "a/b.jpg", "mine", "other: mine", "mine", id="unknown"),
-        pytest.param("video", "Math/b.mp4", "mine", "other: mine", "mine", id="clip-of-math"),
-        pytest.param("image", "STAR/b.jpg", "mine", "other: mine", "mine", id="frame-of-star"),
+        pytest.param("video", "Math/b.mp4", "mine", "other: mine", "mine", id="video-of-math"),
     ],
 )  # fmt: skip
 def test_category_and_source(tmp_path, data_type, path, data_source, category, source):
@@ -280,17 +271,6 @@ def test_sources_where_the_root_holds_or_is_an_official_folder(tmp_path, root):
     assert check_data.source_of(sample, tmp_path / root).endswith("Multimath-300k")
 
 
-def test_the_categories_are_the_papers():
-    sizes = {name: int(count.removesuffix("k")) for name, (_, count, _) in
-             check_data.CATEGORIES.items()}  # fmt: skip
-    assert sizes == {
-        "General (Video)": 116, "General (Image)": 15, "Chart (Image)": 21, "OCR (Image)": 16,
-        "Math (Image)": 37, "Knowledge (Image)": 37, "Spatial (Image)": 20,
-    }  # fmt: skip
-    names = sum(len(names) for _, _, names in check_data.CATEGORIES.values())
-    assert names == len(check_data.CATEGORY_OF), "a name stands for two categories"
-
-
 # ------------------------------------------------------------------------------------------- files
 
 
@@ -305,13 +285,6 @@ def test_empty_files_and_folders_are_missing(folder, capsys):
     assert "empty.png: empty, zero bytes" in report
     assert "folder.png: a directory" in report
     assert report.endswith("\n1 of 4 rows would be used\n")
-
-
-def test_missing_files_of_many_jobs(folder, capsys, monkeypatch):
-    monkeypatch.setattr(check_data, "FILES_PER_JOB", 2)
-    code, report, _ = check(capsys, folder / "rows.json")
-    assert code == 1
-    assert "Files that are missing: 1 of 6\n" in report
 
 
 class CountingPool:
@@ -330,7 +303,7 @@ class CountingPool:
         def result():
             pool.open -= 1
             if path.endswith("13.png"):
-                raise media.MediaError(f"{path}: no picture")
+                raise media.MediaError(f"{path}: not an image")
             return np.zeros((1, 28, 28, 3), np.uint8), 0.0
 
         future.result = result
@@ -378,88 +351,67 @@ def test_decode_draws_files_by_the_seed(many, capsys):
 # ----------------------------------------------------------------------------------------- lengths
 
 
-@pytest.mark.parametrize(
-    ("data_type", "shape"),
-    [
-        pytest.param("image", (1, 28, 28, 3), id="smallest"),
-        pytest.param("image", (1, 84, 56, 3), id="picture"),
-        pytest.param("video", (1, 56, 56, 3), id="one-frame"),
-        pytest.param("video", (4, 56, 84, 3), id="clip"),
-        pytest.param("video", (5, 56, 84, 3), id="odd"),
-    ],
-)
-def test_a_length_is_that_of_make_prompt(tmp_path, model, data_type, shape):
-    """The cheap count, text once with one vision token and the frames' shape, is the real one."""
-    row = {**ROW, **CHOICE, "solution": "A", "data_type": data_type}
-    (sample,) = data.load_samples(write(tmp_path / "one.json", [row]))
+def expected_lengths(folder, model, rows, num_new_tokens):
     tokenizer = AutoTokenizer.from_pretrained(model)
-    prompt = data.make_prompt(sample, tokenizer, np.zeros(shape, np.uint8))
-    vision = check_data.num_vision_tokens(shape)
-    assert vision == prompt.num_vision_tokens
-    text = check_data.num_text_tokens(sample, tokenizer, data.TEMPLATE)
-    assert text + vision == len(prompt.input_ids)
-
-
-@pytest.mark.parametrize(
-    ("changes", "data_type", "most"),
-    [
-        # 200 to 1: floor(sqrt(16 x 200)) = 56 tokens in a row, one high.
-        pytest.param({"image_max_pixels": 16 * 784}, "image", 56, id="thin"),
-        pytest.param({"max_pixels": 16 * 784, "max_frames": 9}, "video", 4 * 56, id="thin-clip"),
-        pytest.param({"max_pixels": 400 * 784, "max_frames": 1}, "video", 400, id="one-frame"),
-        # Enlarged to 64 tokens at a shape of r to 1: ceil(8 / sqrt(r)) x ceil(8 sqrt(r)), which is
-        # 1 x 114 at r = 200, 8 x 10 at 1.3, 4 x 17 at 4.1, and most a little below 64: 2 x 64.
-        pytest.param({"min_pixels": 64 * 784, "image_max_pixels": 64 * 784}, "image", 128, id="up"),
-    ],
-)
-def test_most_vision_tokens(changes, data_type, most):
-    limits = {**LIMITS, **changes}
-    assert check_data.most_vision_tokens(data_type, limits) == most
-    pixels = limits["max_pixels" if data_type == "video" else "image_max_pixels"]
-    sides = np.random.default_rng(0).integers(1, 3000, (3000, 2)).tolist()
-    sizes = [media.smart_resize(h, w, limits["min_pixels"], pixels) for h, w in sides
-             if max(h, w) <= 200 * min(h, w)]  # fmt: skip
-    frames = limits["max_frames"] if data_type == "video" else 1
-    shapes = [(max(frames // 2 * 2, 1), h, w, 3) for h, w in sizes]
-    assert max(map(check_data.num_vision_tokens, shapes)) <= most
+    samples, _ = data.check_rows(folder / "rows.json")
+    return sorted(num_new_tokens + len(data.make_prompt(s, tokenizer, **LIMITS).input_ids)
+                  for s in samples if s.row in rows)  # fmt: skip
 
 
 def test_lengths_of_decoded_rows(folder, model, capsys):
-    code, report, _ = check(capsys, folder / "rows.json", "--decode", "all", "--model", model)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    samples, _ = data.check_rows(folder / "rows.json")
-    used = [s for s in samples if s.row not in (*WRONG, MISSING, UNDECODABLE)]
-    lengths = sorted(len(data.make_prompt(s, tokenizer, **LIMITS).input_ids) for s in used)
-    assert len(lengths) == 6
-    assert (f"\nTokens of prompts, of the decoded files: 6 rows\n  min {lengths[0]}   "
+    argv = ["--decode", "all", "--model", model, "--max_new_tokens", "100"]
+    code, report, _ = check(capsys, folder / "rows.json", *argv)
+    lengths = expected_lengths(folder, model, (0, 1, 2, 3, 9, 10), 100)
+    assert (f"\nTokens of prompt and response, 6 rows of decoded files\n  min {lengths[0]}   "
             f"median {lengths[2]}   95th percentile {lengths[5]}   max {lengths[5]}\n"
-            "  rows beyond the model's 150 positions: 0\n") in report  # fmt: skip
+            "  rows that the model cannot take: 0\n") in report  # fmt: skip
     assert (code, report.splitlines()[-1]) == (1, "6 of 11 rows would be used")
 
 
-def test_rows_of_files_that_were_not_drawn_are_not_measured(many, model, capsys):
-    report = check(capsys, many, "--decode", "5", "--model", model)[1]
+@pytest.mark.parametrize("decode", [[], ["--decode", "all"]], ids=["text-alone", "decoded"])
+def test_the_response_needs_room_too(folder, model, capsys, decode):
+    """--max_new_tokens for rl: the longest prompt with its media, without its media, one more."""
+    longest = expected_lengths(folder, model, (0, 1, 2, 3, 9, 10), 0)[-1]
+    room = 250 - longest + (0 if decode else 7)  # the longest is a video of 8 tokens
+    rows = [row for number, row in enumerate(ROWS) if number in (0, 1, 2, 3, 9, 10)]
+    file = write(folder / "good.json", rows)
+    for extra, code in ((0, 0), (1, 1)):
+        flags = ["--model", model, "--max_new_tokens", room + extra, *decode]
+        found, report, _ = check(capsys, file, *flags)
+        assert found == code
+        assert ("take 251 positions, the model has 250\n" in report) == bool(code)
+
+
+LONG = {**ROW, "process": f"<think>{'3 ' * 300}</think>"}
+PADDED = {**ROW, "process": "<think>The end<|endoftext|></think>"}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        pytest.param({**ROW, "process": "<think>Three.</think>"}, None, id="fits"),
+        pytest.param(LONG, "positions, the model has 250", id="long"),
+        pytest.param(PADDED, "its response spells <|endoftext|>, which the model", id="padding"),
+    ],
+)
+def test_sft_counts_and_reads_the_response(folder, model, capsys, row, reason):
+    file = write(folder / "one.json", [row])
+    code, report, _ = check(capsys, file, "--stage", "sft", "--model", model)
+    assert code == (reason is not None)
+    if reason:
+        assert "rows that the model cannot take: 1\n    row 0 (problem 7): its " in report
+        assert reason in report
+        # It is the response: stage rl samples its own, of --max_new_tokens.
+        argv = ["--stage", "rl", "--model", model, "--max_new_tokens", "5"]
+        assert check(capsys, file, *argv)[0] == 0
+
+
+def test_rows_of_files_that_were_not_drawn_are_measured_by_their_text(many, model, capsys):
+    argv = ["--decode", "5", "--model", model, "--max_new_tokens", "240"]
+    code, report, _ = check(capsys, many, *argv)
     drawn = set(CountingPool.last.asked) - {"13"}
-    assert f"of the decoded files: {2 * len(drawn)} rows" in report
-
-
-def test_lengths_without_decoding(folder, model, capsys):
-    code, report, _ = check(capsys, folder / "rows.json", "--model", model)
-    assert "\nTokens of prompts, their text alone: 7 rows\n" in report
-    most = {kind: check_data.most_vision_tokens(kind, LIMITS) for kind in ("image", "video")}
-    assert (f"\n  image: at most {most['image']:,} vision tokens more, whatever its shape\n"
-            f"  video: at most {most['video']:,} vision tokens more, whatever its shape\n"
-            ) in report  # fmt: skip
-    assert code == 1
-
-
-def test_quantiles_and_prompts_that_are_too_long(many, model, capsys, monkeypatch):
-    """Texts of 5, 10 .. 200 tokens; the model has 150 positions."""
-    monkeypatch.setattr(check_data, "num_text_tokens", lambda sample, *_: 5 * (sample.row + 1))
-    code, report, _ = check(capsys, many, "--model", model)
-    assert "\n  min 5   median 100   95th percentile 190   max 200\n" in report
-    assert "\n  rows beyond the model's 150 positions: 10\n    row 30: 155 tokens\n" in report
-    assert (code, report.splitlines()[-1]) == (1, "30 of 40 rows would be used")
+    assert f"response, {2 * len(drawn)} rows of decoded files" in report
+    assert report.endswith("\n0 of 40 rows would be used\n") and code == 1
 
 
 # --------------------------------------------------------------------------------------- the subset
@@ -489,7 +441,6 @@ def test_a_subset_in_another_folder_is_used_with_the_printed_flags(folder, capsy
     out = tmp_path / "elsewhere/small.json"
     out.parent.mkdir()
     _, _, report = take(capsys, folder, out, "Multimath-300k=2")
-    assert f"relative to the data root, which is not {out.parent}" in report
     printed = re.search(r"--data (\S+) --data_root (\S+)", report)
     samples = data.load_samples(*printed.groups())
     assert [os.path.isfile(sample.path) for sample in samples] == [True, True]
@@ -517,8 +468,6 @@ def test_take_is_drawn_by_the_seed_and_by_source(many, capsys):
 
 
 def test_take_leaves_out_what_was_found_undecodable(folder, capsys):
-    rows, _, _ = take(capsys, folder, folder / "one.json", "ChartQA=1")
-    assert rows == [ROWS[UNDECODABLE]]
     code, _, (error,) = check(capsys, folder / "rows.json", "--decode", "all", "--take",
                               "ChartQA=1", "--out", folder / "two.json")  # fmt: skip
     assert code == 2
@@ -536,8 +485,6 @@ def test_take_leaves_out_what_was_found_undecodable(folder, capsys):
         pytest.param(["STAR/x"], "--take takes SOURCE=N", id="no-number"),
         pytest.param(["=3"], "--take takes SOURCE=N", id="no-source"),
         pytest.param(["STAR/x=0"], "--take takes SOURCE=N", id="zero"),
-        pytest.param(["STAR/x=-1"], "--take takes SOURCE=N", id="negative"),
-        pytest.param(["STAR/x=all"], "--take takes SOURCE=N", id="word"),
         pytest.param(["STAR/x=1", "STAR/x=1"], "--take names STAR/x twice", id="twice"),
     ],
 )  # fmt: skip
@@ -554,9 +501,7 @@ def test_what_cannot_be_taken(folder, capsys, words, message):
     ("out", "message"),
     [
         pytest.param("rows.json", "exists already", id="the-file-itself"),
-        pytest.param("STAR", "exists already", id="folder"),
-        pytest.param("nowhere/small.json", "nowhere is no folder", id="no-folder"),
-        pytest.param("rows.json/small.json", "rows.json is no folder", id="file-as-folder"),
+        pytest.param("nowhere/small.json", "nowhere is not a folder", id="no-folder"),
     ],
 )
 def test_out_is_refused_before_any_work(folder, capsys, out, message):
@@ -576,21 +521,14 @@ def test_out_is_refused_before_any_work(folder, capsys, out, message):
     [
         pytest.param([], ["FILE"], id="no-file"),
         pytest.param(["nowhere.json"], ["nowhere.json does not exist"], id="missing-file"),
-        pytest.param(["rows.json", "more.json"], ["'more.json'"], id="two-files"),
         pytest.param(["rows.json", "--decod", "3"], ["'--decod'"], id="abbreviated"),
         pytest.param(["rows.json", "--oops=1"], ["'--oops=1'"], id="unknown"),
-        pytest.param(["rows.json", "--data-root", "x"], ["'--data-root'"], id="kebab-case"),
         pytest.param(["rows.json", "--data_root", "nowhere"], ["nowhere is not a"], id="root"),
         pytest.param(["rows.json", "--decode", "0"], ["--decode", "'0'"], id="decode-0"),
-        pytest.param(["rows.json", "--decode", "-3"], ["--decode"], id="decode-negative"),
-        pytest.param(["rows.json", "--decode", "some"], ["--decode", "'some'"], id="decode-word"),
         pytest.param(["rows.json", "--decode"], ["--decode"], id="decode-without-value"),
-        pytest.param(["rows.json", "--stage", "eval"], ["--stage takes rl or sft"], id="stage"),
-        pytest.param(["rows.json", "--seed", "-1"], ["--seed"], id="seed"),
-        pytest.param(["rows.json", "--max_frames", "0"], ["--max_frames"], id="frames"),
+        pytest.param(["rows.json", "--stage", "eval"], ["--stage takes rl, sft"], id="stage"),
         pytest.param(["rows.json", "--max_frames", "x"], ["--max_frames", "x"], id="no-number"),
         pytest.param(["rows.json", "--model", "nowhere"], ["--model nowhere"], id="model"),
-        pytest.param(["rows.json", "--prompt_template", "t"], ["--prompt_template t"], id="text"),
         pytest.param(["rows.json", "--take", "STAR/x=1"], ["--out"], id="take-alone"),
         pytest.param(["rows.json", "--out", "small.json"], ["--take"], id="out-alone"),
     ],
@@ -609,12 +547,3 @@ def test_a_template_with_a_vision_token_is_one_line(folder, model, capsys):
     code, _, errors = check(capsys, folder / "rows.json", *argv)
     assert (code, len(errors)) == (2, 1)
     assert "its prompt must hold one" in errors[0]
-
-
-def test_help_names_every_flag(capsys):
-    code, text, _ = check(capsys, "--help")
-    assert code == 0
-    listed = set(re.findall(r"^  --(\w+)", text, re.MULTILINE))
-    assert listed == {item.name for item in dataclasses.fields(check_data.CheckConfig)}
-    assert "FILE" in text
-    assert "Exit code: 0 every row would be used" in " ".join(text.split())
