@@ -226,8 +226,10 @@ def keep_apart(folder: Path, model: str, fingerprint: str) -> None:
     """
     file = folder / "model.json"
     known = {"path": model_path(model), "model_fingerprint": fingerprint}
-    found = read_summary(file) or known
-    require(found.keys() >= known.keys(), f"{file} is damaged: does not name the model")
+    found = read_summary(file)
+    if found is None:
+        found = known
+    require(found.keys() >= known.keys(), f"{file} does not say whose results these are")
     if found["path"] != known["path"]:
         require(found["model_fingerprint"] == fingerprint, f"{folder} has results of another model "
                 f"than {known['path']}, {found['path']}: name another --output_dir")  # fmt: skip

@@ -236,18 +236,15 @@ class Results:
             in_step: as many batches for every rank, those without work getting (None, []).
         """
         done, rank, size = on_main(self.world, self._begin), self.world.rank, self.world.size
-        left = [(number, batch) for number, batch in enumerate(self.batches) if number not in done]
         num_items = sum(map(len, self.batches))
-        num_done = num_items - sum(len(batch) for _, batch in left)
-        if in_step:
-            left += [(None, [])] * (-len(left) % size)
+        num_done = sum(len(self.batches[number]) for number in done)
         with (
             (self.partial / f"rank{rank}.jsonl").open("a") as part,
             tqdm(total=num_items, initial=num_done, desc=self.name, unit=unit, disable=rank > 0,
                  dynamic_ncols=True) as bar,
         ):  # fmt: skip
             part.write("\n")  # a kill may have torn the last line
-            for number, records in work(left[rank::size]):
+            for number, records in work(deal(self.batches, done, rank, size, in_step)):
                 part.write(json.dumps({"batch": number, "records": records}) + "\n")
                 part.flush()
                 bar.update(min(len(records) * size, bar.total - bar.n))  # of all ranks, about
@@ -276,6 +273,14 @@ class Results:
         self.lock.close()
         shutil.rmtree(self.partial)
         log(f"results written to {self.records_file}")
+
+
+def deal(batches: list[list], done: set[int], rank: int, size: int, in_step: bool) -> list[Batch]:
+    """The share of a rank in the batches that are not done, dealt out in turns."""
+    left: list[Batch] = [pair for pair in enumerate(batches) if pair[0] not in done]
+    if in_step:
+        left += [(None, [])] * (-len(left) % size)
+    return left[rank::size]
 
 
 def lost(records: list[dict]) -> list[dict]:
