@@ -9,14 +9,14 @@ Each row is answered --num_samples times with the prompt of both training stages
 paper keeps what passes "basic rule-based filtering to remove low-quality or inconsistent outputs"
 and says no more. The rules here, in this order:
 
-    format      <think>..</think><answer>..</answer>, something thought, no control token spelt
+    format      <think>..</think><answer>..</answer>, a thought, no control token spelled out
     accuracy    correctness reward of Section 3.1 at least --min_accuracy
     length      --min_length to --max_length tokens, tags and end token included
     repetition  at most --max_repetition of the runs of 8 tokens have occurred before
 
-The best try of a row is the one that comes furthest through the rules, so any that passes wins;
-then the one of higher correctness; then the first. (No preference in length: it would shift what
-the teacher says.) A row whose best try breaks a rule is dropped, and counted under that rule.
+The best try of a row is the one that gets furthest through the rules, so any that passes wins; then
+the one of higher correctness; then the first. (No preference in length: it would shift what the
+teacher says.) A row whose best try breaks a rule is dropped, and counted under that rule.
 
 Written is the row as it was, its own solution included, with the teacher's thought as `process`.
 The teacher's answer is not written: where it is not the solution in other words (OCR, free-form,
@@ -24,47 +24,44 @@ regression) it is worse than the reference, and a model that learns it learns th
 
     <out>                    a JSON list, rows in the file's order: --data of train_sft.py
     <out>.report.json        how many rows were kept and dropped, by rule and by problem type
-    <out>.tries.jsonl        every try with what the rules ask of it, those of dropped rows as well
-    <out>.tries.*            how it was generated; <out>.tries.rank<r>.part.jsonl in the making
+    <out>.tries.*            every try with what the rules ask of it, and how they were generated
 
-The same command goes on after a kill, on any number of ranks, and ends with the same files
-(results.py). With other rules, --overwrite true filters the tries that are there anew.
+The same command resumes after a kill, on any number of ranks, and ends with the same files
+(results.py). With other rules, --overwrite true filters the same tries again.
 """
 
-import dataclasses
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-
-from tqdm import tqdm
 
 import toy
 from config import MediaConfig
-from data import Sample, load_samples, load_template, read_rows
+from data import load_samples, load_template, read_rows
 from evaluation.answering import (
+    PATIENCE,
     Answer,
     AnswerSettings,
     answer,
+    any_decodes,
     fixed_batches,
     load_for_answers,
+    provenance,
 )
 from evaluation.results import (
     Results,
-    claim,
     describe,
     differences,
     file_sha256,
-    fingerprint,
     library_versions,
-    read_part,
     read_records,
     read_summary,
     write_json,
     write_whole,
 )
-from infra.distributed import World, log, main_does, on_main, process_group, run_main
+from infra.distributed import World, log, main_does, process_group, run_main
 from infra.errors import UserError, require
 from infra.flags import flag, parse_config
 from infra.video import DecoderPool
@@ -72,20 +69,19 @@ from model import load_normalisation, load_tokenizer
 from rewards import accuracy_reward, format_reward
 
 REAL_COMMAND = (
-    "torchrun --nproc_per_node 8 annotate.py --model Qwen/Qwen2.5-VL-72B-Instruct "
-    "--data Video-R1-data/Video-R1-260k.json --out Video-R1-data/COT.json --sharded_generation true"
+    "torchrun --nproc_per_node 8 annotate.py --model Qwen/Qwen2.5-VL-72B-Instruct --data "
+    "Video-R1-data/Video-R1-260k.json --out Video-R1-data/COT.json --sharded_generation true"
 )
 RULES = ("format", "accuracy", "length", "repetition")
 RULE_FLAGS = ("min_accuracy", "min_length", "max_length", "max_repetition")
 # Flags that change no try: all others are part of its provenance.
 NOT_IN_TRIES = (
-    "model", "data", "out", "overwrite", "num_workers", "sharded_generation", "prompt_template",
-    *RULE_FLAGS,
+    *RULE_FLAGS, "model", "data", "out", "overwrite", "num_workers", "sharded_generation",
+    "prompt_template",
 )  # fmt: skip
 RUN_LENGTH = 8  # tokens of a run that may be repeated
 # Qwen's control tokens, <|im_start|>, <|image_pad|> and so on: as text they would become tokens.
 CONTROL_TOKEN = re.compile(r"<\|\w+\|>")
-PATIENCE = 6 * 3600  # seconds that a rank may wait for others at the end, and for the filter
 
 
 @dataclass
@@ -97,31 +93,27 @@ class AnnotateConfig(MediaConfig):
     data_root: str = flag("", "what the rows' paths are relative to; default: the data's folder")
     out: str = flag("", "the file to write, a JSON list in the official SFT format")
     overwrite: bool = flag(False, "replace what other settings made in the place of --out")
-    num_samples: int = flag(4, "tries for each row")
-    batch_size: int = flag(8, "rows that are answered together, per rank")
-    max_new_tokens: int = flag(768, "length of a try at most, in tokens (App. D)")
-    temperature: float = flag(1.0, "divides the logits")
-    top_p: float = flag(1.0, "sample from the most likely tokens of this mass")
-    seed: int = flag(0, "of the sampling")
-    sharded_generation: bool = flag(False, "for a teacher that one GPU does not hold whole; slow")
+    num_samples: int = flag(4, "tries per row", low=1)
+    batch_size: int = flag(8, "rows that are answered together, per rank", low=1)
+    max_new_tokens: int = flag(768, "length of a try at most, in tokens (App. D)", low=1)
+    temperature: float = flag(1.0, "divides the logits", above=0)
+    top_p: float = flag(1.0, "sample from the most likely tokens of this mass", above=0, high=1)
+    seed: int = flag(0, "of the sampling", low=0)
+    sharded_generation: bool = flag(False, "for a teacher that does not fit one GPU; slow")
     # Official code: one try, and a reward above 0.6.
-    min_accuracy: float = flag(0.6, "correctness reward at least (0.6: the official code)")
-    min_length: int = flag(32, "tokens of a response at least; tags and a letter are 10")
+    min_accuracy: float = flag(
+        0.6, "correctness reward at least (0.6: the official code)", low=0, high=1
+    )
+    min_length: int = flag(32, "tokens of a response at least; tags and a letter are 10", low=0)
     max_length: int = flag(768, "tokens of a response at most (App. D)")
-    max_repetition: float = flag(0.3, f"share of repeated runs of {RUN_LENGTH} tokens at most")
+    max_repetition: float = flag(
+        0.3, f"share of repeated runs of {RUN_LENGTH} tokens at most", low=0, high=1
+    )
 
     def check(self) -> None:
-        """Raises UserError naming the first flag whose value makes no sense."""
+        """Raise UserError naming the first flag whose value makes no sense."""
         super().check()
-        for name in ("num_samples", "batch_size", "max_new_tokens"):
-            require(getattr(self, name) >= 1, f"--{name} must be at least 1")
-        require(self.temperature > 0, "--temperature must be positive")
-        require(0 < self.top_p <= 1, "--top_p must be above 0 and at most 1")
-        require(self.seed >= 0, "--seed must not be negative")
-        for name in ("min_accuracy", "max_repetition"):
-            require(0 <= getattr(self, name) <= 1, f"--{name} must lie between 0 and 1")
-        require(0 <= self.min_length <= self.max_length,
-                "--min_length must lie between 0 and --max_length")  # fmt: skip
+        require(self.min_length <= self.max_length, "--min_length is above --max_length")
         require(self.out, "--out FILE.json is needed")
         out = Path(self.out)
         require(not out.is_dir(), f"--out {out} is a folder")
@@ -131,7 +123,7 @@ class AnnotateConfig(MediaConfig):
 TOY_DEFAULTS = {
     "model": str(toy.RL / "model"), "data": str(toy.RL_DATA), "out": str(toy.FOLDER / "cot.json"),
     "max_frames": toy.NUM_FRAMES, "batch_size": 32, "max_new_tokens": 40, "min_length": 8,
-    "overwrite": True,  # a toy that is trained anew is annotated anew
+    "overwrite": True,  # a toy that is trained again is annotated again
 }  # fmt: skip
 
 
@@ -168,7 +160,7 @@ def thought_of(response: str) -> str:
 
 
 def best_try(tries: list[dict], config: AnnotateConfig) -> tuple[dict, str | None]:
-    """The try that comes furthest through the rules, then the one of highest correctness, then the
+    """The try that gets furthest through the rules, then the one of highest correctness, then the
     first; and the rule that it breaks, None if it passes."""
     judged = [(attempt, broken_rule(attempt, config)) for attempt in tries]
     places = [*RULES, None]
@@ -215,8 +207,10 @@ def tally(outcomes: list[str]) -> dict:
 def tries_record(found: Answer) -> dict:
     """All tries of a row with what the rules ask of them; none if the row cannot be used."""
     sample, rollout = found.sample, found.rollout
-    record = {"row": sample.row, "problem_id": sample.problem_id,
-              "problem_type": sample.problem_type, "error": found.error, "tries": []}  # fmt: skip
+    record = {
+        "row": sample.row, "problem_id": sample.problem_id, "problem_type": sample.problem_type,
+        "error": found.error, "is_media_error": found.is_media_error, "tries": [],
+    }  # fmt: skip
     if rollout is not None:
         columns = rollout.texts, rollout.completion_ids, rollout.completion_mask, rollout.ended
         record["tries"] = [
@@ -230,63 +224,49 @@ def tries_record(found: Answer) -> dict:
     return record
 
 
-def generate(samples: list[Sample], tries: Results, template: str, config: AnnotateConfig) -> None:
-    """Answer the batches that are not done, this rank its part, and finish the file of tries."""
-    world = tries.world
+def generate(tries: Results, template: str, config: AnnotateConfig) -> None:
+    """Answer the batches that are not done, this rank its share, and finish the file of tries."""
     tokenizer = load_tokenizer(config.model)
     settings = AnswerSettings(
         limits=config.limits(), num_samples=config.num_samples, temperature=config.temperature,
         prompt_options={"template": template, **load_normalisation(config.model)},
         max_new_tokens=config.max_new_tokens, top_p=config.top_p, seed=config.seed,
     )  # fmt: skip
-    model = load_for_answers(config.model, world, config.sharded_generation)
-    batches = fixed_batches(samples, config.batch_size)
-    tries.begin()
-    mine = tries.deal(batches, in_step=config.sharded_generation)
-    with (
-        DecoderPool(config.num_workers, config.decode_timeout) as pool,
-        tqdm(
-            total=len(samples), initial=sum(len(batches[number]) for number in tries.done),
-            desc="annotate", unit="row", disable=not world.is_main, dynamic_ncols=True,
-        ) as bar,
-    ):  # fmt: skip
-        for number, answers in answer(model, tokenizer, mine, pool, settings):
-            tries.append(number, [tries_record(found) for found in answers])
-            bar.update(min(len(answers) * world.size, bar.total - bar.n))
-    tries.finish(lambda records: {
-        "model": config.model, "data": config.data, "versions": library_versions(),
-    })  # fmt: skip
-
-
-# ----------------------------------------------------------------------------------------- files
+    model = load_for_answers(config.model, tries.world, config.sharded_generation)
+    with DecoderPool(config.num_workers, config.decode_timeout) as pool:
+        tries.run(
+            lambda batches: (
+                (number, [tries_record(found) for found in answers])
+                for number, answers in answer(model, tokenizer, batches, pool, settings)
+            ),
+            lambda records: {"model": config.model, "data": config.data,
+                             "versions": library_versions()},
+            in_step=config.sharded_generation, unit="row",
+        )  # fmt: skip
 
 
 def annotate(config: AnnotateConfig, world: World) -> None:
-    """Write --out and its report, going on with the tries that are there.
+    """Write --out and its report from the tries, which are generated where they are not there.
 
     Raises:
         UserError: naming the flag, or the file, its row, or what is in the place of --out.
     """
     samples = load_samples(config.data, config.data_root or None)
     template = load_template(config.prompt_template)
-    hashes = on_main(world, lambda: {
-        "model_fingerprint": fingerprint(config.model), "data_sha256": file_sha256(config.data),
-    })  # fmt: skip
-    flags = dataclasses.asdict(config)
-    made_by = {
-        **{name: value for name, value in flags.items() if name not in NOT_IN_TRIES},
-        "template": template, "device": f"{world.device.type} {world.dtype}", **hashes,
-    }  # fmt: skip
-    rules = {name: flags[name] for name in RULE_FLAGS}
+    made_by = provenance(config, NOT_IN_TRIES, world, template)
+    made_by["data_sha256"] = file_sha256(config.data)
+    rules = {name: value for name, value in asdict(config).items() if name in RULE_FLAGS}
     out = Path(config.out)
-    if on_main(world, lambda: make_room(out, made_by, rules, config.overwrite)):
-        log(f"{out} is finished")
-    else:
-        tries = Results(out.parent, f"{out.name}.tries", made_by, world)
-        if not tries.finished:
-            generate(samples, tries, template, config)
-        main_does(world, lambda: write(out, tries, {**made_by, **rules}, config))
+    main_does(world, lambda: make_room(out, made_by | rules, config.overwrite))
+    batches = fixed_batches(samples, config.batch_size)
+    tries = Results(
+        out.parent, f"{out.name}.tries", made_by, world, batches, overwrite=config.overwrite,
+        retry=partial(any_decodes, config, batches),
+    )  # fmt: skip
+    if not tries.finished:
+        generate(tries, template, config)
     if world.is_main:
+        write(out, tries, made_by | rules, config)
         print_report(config, read_summary(report_file(out)))
 
 
@@ -294,78 +274,46 @@ def report_file(out: Path) -> Path:
     return out.with_name(f"{out.name}.report.json")
 
 
-def make_room(out: Path, made_by: dict, rules: dict, overwrite: bool) -> bool:
-    """Delete what other settings made in the place of --out; True if these have made it already.
-
-    On rank 0. Deleting before anything is made anew lets the same command go on after a kill.
-
-    Args:
-        made_by, rules: the provenance of the tries, and what that of --out has besides.
-
-    Raises:
-        UserError: something else is there, and --overwrite is not given; --out has no place; or
-            another run is writing what would be deleted.
-    """
+def make_room(out: Path, made_by: dict, overwrite: bool) -> None:
+    """Raise UserError unless --out can be written, and replaces nothing that it must not."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}") from None
-    found: list[tuple[dict, dict, list[Path]]] = []  # what made it, what should have, the files
     if out.exists():
-        report = read_summary(report_file(out)) or {}
-        found.append((report.get("provenance", {}), made_by | rules, [out, report_file(out)]))
-    prefix = f"{out.name}.tries."
-    records, summary = (out.with_name(prefix + end) for end in ("jsonl", "summary.json"))
-    if summary.exists():
-        found.append((read_summary(summary).get("provenance", {}), made_by, [summary, records]))
-    for part in sorted(out.parent.glob("*.part.jsonl")):
-        if part.name.startswith(f"{prefix}rank") and (provenance := read_part(part)[0]):
-            found.append((provenance, made_by, [part]))
-    stale = []
-    for old, new, files in found:
-        if changed := differences(old, new):
+        old = (read_summary(report_file(out)) or {}).get("provenance")
+        if changed := differences(old or {}, made_by):
             what = f"was made with {describe(changed)}" if old else "has no report of what made it"
-            require(overwrite, f"{files[0]} {what}: name another --out, or replace it by "
+            require(overwrite, f"{out} {what}: name another --out, or replace it by "
                     "--overwrite true")  # fmt: skip
-            log(f"{files[0]} {what}: replaced")
-            stale += files
-    if stale:
-        lock = out.with_name(f".{prefix}lock")
-        with claim(lock, f"--out {out}"):
-            for file in (*stale, lock):
-                file.unlink(missing_ok=True)
-    return out.exists()
+            log(f"{out} {what}: replaced")
 
 
-def write(out: Path, tries: Results, provenance: dict, config: AnnotateConfig) -> None:
+def write(out: Path, tries: Results, made_by: dict, config: AnnotateConfig) -> None:
     """Filter the tries into --out and its report. On rank 0.
 
     The report comes first: where --out is, it is whole and has its report.
     """
     rows, _ = read_rows(Path(config.data))
     kept, report = filter_tries(rows, read_records(tries.records_file), config)
-    versions = read_summary(tries.summary_file)["versions"]
-    write_json(report_file(out), {
-        **report, "model": config.model, "data": config.data, "versions": versions,
-        "provenance": provenance,
-    })  # fmt: skip
+    about = read_summary(tries.summary_file) | {"provenance": made_by}
+    write_json(report_file(out), {**report, **about})
     write_whole(out, json.dumps(kept, indent=1) + "\n")
 
 
 def print_report(config: AnnotateConfig, report: dict) -> None:
-    """The counts as a table, and how to learn from what was written."""
-    parts = {**report["by_type"], "all": report}
+    """The counts as a table, and how to train on what was written."""
     columns = ("rows", "kept", *RULES, "unusable")
     log(f"\n{config.out}: rows kept, and dropped by the rule that the best try breaks\n")
     log(f"{'':15}{''.join(f'{name:>11}' for name in columns)}")
-    for kind, part in parts.items():
+    for kind, part in {**report["by_type"], "all": report}.items():
         cells = [{**part, **part["dropped"]}[name] for name in columns]
         log(f"{kind:15}{''.join(f'{cell:11}' for cell in cells)}")
     root = Path(config.data_root) if config.data_root else Path(config.data).parent
     is_elsewhere = root.resolve() != Path(config.out).parent.resolve()
     where = f" --data_root {root}" if is_elsewhere else ""
-    use = f"to learn from it: train_sft.py --data {config.out}{where}"
-    log(f"\n{use if report['kept'] else 'no row was kept: there is nothing to learn'}")
+    use = f"to train on it: train_sft.py --data {config.out}{where}"
+    log(f"\n{use if report['kept'] else 'no row was kept: there is nothing to train on'}")
 
 
 def main() -> None:

@@ -1,24 +1,23 @@
-"""From samples to responses and their records, as eval.py, a training's validation and annotate.py
-need them.
+"""From samples to responses and their records, for eval.py, validation and annotate.py.
 
-    fixed_batches   the samples, questions on one clip next to each other, cut into batches
+    fixed_batches   the samples, questions on one video next to each other, cut into batches
     answer          batches to responses, the media decoded ahead
     item_record     a response as one line of a results file, scored
     summarise       accuracy by problem type
 
-A whole batch is the unit of work: which items share a batch depends on the data and the batch size
-alone, neither on the number of ranks nor on where an interrupted run goes on. So neither changes a
-logit in its last digit, which could turn a near-tie of greedy decoding.
+Which items share a batch depends on the data and the batch size alone, neither on the number of
+ranks nor on where an interrupted run resumes: either could change the last digit of a logit, and
+with it a near-tie of greedy decoding.
 """
 
-from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
 
+from config import MediaConfig
 from data import (
     Prompt,
     Sample,
@@ -27,9 +26,10 @@ from data import (
     require_solution,
     submit_decode,
 )
+from evaluation.results import Batch, fingerprint
 from evaluation.scores import mean_relative_accuracy
-from infra.distributed import World, log
-from infra.errors import UserError
+from infra.distributed import World, log, on_main
+from infra.errors import MediaError, UserError
 from infra.video import DecoderPool
 from model import load_model, require_room, shard
 from rewards import accuracy_reward, extract_answer, parse_float
@@ -37,16 +37,16 @@ from sampling import Rollout, derive_seed, is_sharded, sample_groups
 
 BATCHES_AHEAD = 2  # decoded in advance
 RESPONSE = 1  # the third part of a random number's key: (seed, row) alone is the shuffle's
-
-Batch = tuple[int | None, list[Sample]]  # its number among the fixed batches
+EXACT_TYPES = ("multiple choice", "numerical")  # of which accuracy is the mean
+PATIENCE = 6 * 3600  # seconds that a rank waits for the others, whose batches may take longer
 
 
 @dataclass(frozen=True)
 class AnswerSettings:
-    """How samples are shown and answered.
+    """How samples are shown and answered. The defaults decode as Section 4.1.
 
     limits: of data.submit_decode. prompt_options: template, mean and std of data.make_prompt.
-    order: of the frames. num_samples: responses to each sample. The defaults decode as Section 4.1.
+    order: of the frames. num_samples: responses per sample.
     """
 
     limits: dict[str, int]
@@ -61,32 +61,32 @@ class AnswerSettings:
 
 @dataclass(frozen=True)
 class Answer:
-    """The responses to a sample; or None, and why it cannot be used."""
+    """The responses to a sample; or None, and why it cannot be used: by its file or otherwise."""
 
     sample: Sample
     rollout: Rollout | None
     error: str | None = None
+    is_media_error: bool = False
 
 
 # --------------------------------------------------------------------------------------- answering
 
 
 def fixed_batches(samples: list[Sample], batch_size: int) -> list[list[Sample]]:
-    """All samples in batches of `batch_size`, the last one maybe smaller.
+    """All samples in batches of `batch_size`, the last one perhaps smaller.
 
-    Samples on one clip lie next to each other, in the order of their rows; clips in the order in
-    which they first appear. So most questions on a clip share a batch, and with it the decoded
-    frames and the vision features.
+    Samples on one file stand next to each other, files in the order in which they first appear, so
+    that most questions on a video share a batch, its decoded frames and its vision features.
     """
-    clips: dict[tuple, list[Sample]] = {}
+    files: dict[tuple, list[Sample]] = {}
     for sample in samples:
-        clips.setdefault(_clip(sample), []).append(sample)
-    ordered = [sample for clip in clips.values() for sample in clip]
-    return [ordered[cut : cut + batch_size] for cut in range(0, len(ordered), batch_size)]
+        files.setdefault(_file(sample), []).append(sample)
+    ordered = [sample for those in files.values() for sample in those]
+    return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
 
 
-def _clip(sample: Sample) -> tuple[str, str]:
-    return sample.data_type, sample.path
+def _file(sample: Sample) -> tuple[str, str]:
+    return sample.data_type, sample.path  # a .gif may be asked for as video and as image
 
 
 def answer(
@@ -94,42 +94,40 @@ def answer(
 ) -> Iterator[tuple[int, list[Answer]]]:
     """Answer batches one after the other.
 
-    With whole weights (`unsharded`, or a model that was never sharded) there is no collective
-    inside. With sharded weights every rank must be given as many batches as the others, some of
-    them maybe empty: it then takes part with a blank prompt whose response is dropped.
+    With whole weights there is no collective inside. With sharded ones every rank must be given as
+    many batches as the others, some perhaps empty: for those it generates from a dummy prompt.
 
     Args:
-        batches: the numbers and samples of this rank's part of the fixed batches.
+        batches: the numbers and samples of this rank's share of the fixed batches.
     Yields:
         the number of each batch that is not empty, and its Answers. A sample whose file or row
-        cannot be used (MediaError, UnusableSample, a vision token in its text, a solution that no
-        answer can match) has an error in the place of responses.
+        cannot be used has an error instead of responses.
     """
+    decoding = settings.max_new_tokens, settings.temperature, settings.top_p
     for number, samples, frames in _decode_ahead(batches, pool, settings.limits):
         prompts, answers, shown = [], [], {}
         for sample in samples:
             try:
-                prompt = _prompt(sample, frames[_clip(sample)], tokenizer, settings)
+                prompt = _prompt(sample, frames[_file(sample)], tokenizer, settings)
                 require_room(prompt, settings.max_new_tokens, model.config)
-            except UserError as error:  # MediaError and UnusableSample are such, too
-                answers.append(Answer(sample, None, str(error)))
+            except UserError as error:
+                is_media_error = isinstance(error, MediaError)
+                answers.append(Answer(sample, None, str(error), is_media_error))
                 continue
-            if prompt.order != "shuffled":  # in the same order: the same tensor, looked at once
-                pixels = shown.setdefault(_clip(sample), prompt.pixel_values)
+            if prompt.order != "shuffled":  # the same frames: the same tensor, encoded once
+                pixels = shown.setdefault(_file(sample), prompt.pixel_values)
                 prompt = replace(prompt, pixel_values=pixels)
             prompts.append(prompt)
         keys = [
             [(settings.seed, prompt.sample.row, RESPONSE, k) for k in range(settings.num_samples)]
             for prompt in prompts
         ]
-        decoding = settings.max_new_tokens, settings.temperature, settings.top_p
         if prompts:
             rollouts = sample_groups(model, tokenizer, prompts, keys, *decoding)
             answers += [Answer(rollout.prompt.sample, rollout) for rollout in rollouts]
         elif is_sharded(model):
-            blank = _blank_prompt(tokenizer, settings.prompt_options)
-            # As long as the others: this rank goes on for as long as one of them does.
-            sample_groups(model, tokenizer, [blank], [[(0,)]], *decoding)
+            dummy = _dummy_prompt(tokenizer, settings.prompt_options)
+            sample_groups(model, tokenizer, [dummy], [[(0,)]], *decoding)
         if samples:
             yield number, answers
 
@@ -137,21 +135,19 @@ def answer(
 def _decode_ahead(
     batches: list[Batch], pool: DecoderPool, limits: dict[str, int]
 ) -> Iterator[tuple[int, list[Sample], dict[tuple, Future]]]:
-    """Each batch with the frames of its clips, which may still be in the making.
+    """Each batch, and the Futures of the frames of its files and of the next batches'.
 
-    A clip is decoded once for a batch, and once for batches that follow each other.
+    A file is decoded once for all of these batches.
     """
-    waiting: deque[dict[tuple, Future]] = deque()  # of the present batch and those to come
+    frames: dict[tuple, Future] = {}
     for place, (number, samples) in enumerate(batches):
-        for _, later in batches[place + len(waiting) : place + 1 + BATCHES_AHEAD]:
-            known = {clip: future for frames in waiting for clip, future in frames.items()}
-            frames: dict[tuple, Future] = {}
-            for sample in later:
-                clip = _clip(sample)
-                if clip not in frames:
-                    frames[clip] = known.get(clip) or submit_decode(pool, sample, limits)
-            waiting.append(frames)
-        yield number, samples, waiting.popleft()
+        window = [sample for _, batch in batches[place : place + 1 + BATCHES_AHEAD]
+                  for sample in batch]  # fmt: skip
+        for sample in window:
+            if _file(sample) not in frames:
+                frames[_file(sample)] = submit_decode(pool, sample, limits)
+        frames = {_file(sample): frames[_file(sample)] for sample in window}
+        yield number, samples, frames
 
 
 def _prompt(sample: Sample, frames: Future, tokenizer, settings: AnswerSettings) -> Prompt:
@@ -164,8 +160,8 @@ def _prompt(sample: Sample, frames: Future, tokenizer, settings: AnswerSettings)
     )
 
 
-def _blank_prompt(tokenizer, prompt_options: dict) -> Prompt:
-    """The smallest prompt with a picture, for a rank that only keeps the others company."""
+def _dummy_prompt(tokenizer, prompt_options: dict) -> Prompt:
+    """The smallest prompt with an image, so that a rank without work joins the collectives."""
     sample = Sample(
         problem_id=0, problem="-", data_type="image", problem_type="free-form", options=(),
         solution="", path="", data_source="", process="", row=0,
@@ -174,13 +170,34 @@ def _blank_prompt(tokenizer, prompt_options: dict) -> Prompt:
     return make_prompt(sample, tokenizer, black, **prompt_options)
 
 
+def any_decodes(config: MediaConfig, batches: list[list[Sample]], rows: set[int]) -> bool:
+    """Whether the file of one of these rows can be decoded now."""
+    with DecoderPool(1, config.decode_timeout) as pool:
+        for sample in (sample for batch in batches for sample in batch if sample.row in rows):
+            try:
+                submit_decode(pool, sample, config.limits()).result()
+            except MediaError:
+                continue
+            return True
+    return False
+
+
 def load_for_answers(name: str, world: World, sharded: bool = False):
-    """A model to generate with: whole on every rank, or each rank with its part of the weights."""
+    """A model to generate with: whole on every rank, or each rank with its shard of the weights."""
     sharding = None
     if sharded:
         log("--sharded_generation: each token gathers all weights from all ranks, which is slow")
         sharding = partial(shard, world=world, trainable=False)
     return load_model(name, world.device, world.dtype, sharding).eval()
+
+
+def provenance(config: MediaConfig, ignored: tuple[str, ...], world: World, template: str) -> dict:
+    """What records depend on besides their data: all flags but the ignored ones, the template, the
+    device and the model's fingerprint."""
+    flags = {name: value for name, value in asdict(config).items() if name not in ignored}
+    device = f"{world.device.type} {world.dtype}"
+    model = on_main(world, lambda: fingerprint(config.model))  # one rank reads all weights
+    return {**flags, "template": template, "device": device, "model_fingerprint": model}
 
 
 # ----------------------------------------------------------------------------------------- records
@@ -189,7 +206,7 @@ def load_for_answers(name: str, world: World, sharded: bool = False):
 def score_item(response: str, sample: Sample, strict: bool = False) -> float:
     """The score of a response in [0, 1]: MRA for regression, else the reward of Section 3.1.
 
-    strict: MRA with <, as the paper's authors compute it, in the place of <=.
+    strict: MRA with <, as the paper's authors compute it, instead of <=.
     """
     if sample.problem_type != "regression":
         return accuracy_reward(response, sample.solution, sample.problem_type)
@@ -211,8 +228,8 @@ def item_record(answer: Answer, order: str) -> dict:
         "data_type": sample.data_type, "problem_type": sample.problem_type,
         "options": list(sample.options), "path": sample.path, "data_source": sample.data_source,
         "extra": sample.extra, "order": order, "solution": sample.solution, "error": answer.error,
-        "response": None, "answer": None, "length": None, "ended": None, "score": None,
-        "score_paper": None,
+        "is_media_error": answer.is_media_error, "response": None, "answer": None, "length": None,
+        "ended": None, "score": None, "score_paper": None,
     }  # fmt: skip
     if rollout is not None:
         text = rollout.texts[0]
@@ -225,30 +242,27 @@ def item_record(answer: Answer, order: str) -> dict:
 
 
 def summarise(items: list[dict], is_toy: bool = False) -> dict:
-    """Accuracy, by type and overall. Items that cannot be used have no score and are listed.
+    """Accuracy, by type and overall, over usable items; those that are not usable are listed.
 
-    accuracy: over multiple choice and numerical items that could be shown to the model. The toy's
-    is over video multiple choice, since images do not feel the order of frames.
+    accuracy: over multiple choice and numerical items. The toy's is over video multiple choice,
+    since images do not feel the order of frames.
     """
-
-    def in_accuracy(item: dict) -> bool:
-        if is_toy:
-            return item["problem_type"] == "multiple choice" and item["data_type"] == "video"
-        return item["problem_type"] in ("multiple choice", "numerical")
-
-    def mean(chosen: list[dict]) -> float | None:
-        scores = [item["score"] for item in chosen]
-        return sum(scores) / len(scores) if scores else None
-
     usable = [item for item in items if item["score"] is not None]
-    types = sorted({item["problem_type"] for item in usable})
-    by_type = {kind: [item for item in usable if item["problem_type"] == kind] for kind in types}
-    counted = [item for item in usable if in_accuracy(item)]
+    by_type: dict[str, list[float]] = {}
+    for item in usable:
+        by_type.setdefault(item["problem_type"], []).append(item["score"])
+    counted = [
+        item["score"]
+        for item in usable
+        if item["problem_type"] in (("multiple choice",) if is_toy else EXACT_TYPES)
+        and (item["data_type"] == "video" or not is_toy)
+    ]
     return {
         "n": len(counted),
-        "accuracy": mean(counted),
+        "accuracy": sum(counted) / len(counted) if counted else None,
         "by_type": {
-            kind: {"n": len(those), "score": mean(those)} for kind, those in by_type.items()
+            kind: {"n": len(scores), "score": sum(scores) / len(scores)}
+            for kind, scores in sorted(by_type.items())
         },
         "num_items": len(items),
         "unusable": [

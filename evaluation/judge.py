@@ -1,24 +1,25 @@
-"""Section 4.5 and Figure 6: the share of responses that reason over time, by a judge model.
+"""Section 4.5 and Figure 6: the share of responses with temporal reasoning, by a judge model.
 
 The judge reads two prompts about each video item of a results file, one on the question alone, so
 that all models are judged on the same questions, and one on the response. The paper's judge is
-Qwen2.5-VL-72B; any Qwen2.5-VL folder serves. Items of images, and those that could not be shown,
-are left out.
+Qwen2.5-VL-72B; any Qwen2.5-VL serves. Items of images and unusable ones are left out.
 """
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from data import VISION_TOKENS, Prompt
 from evaluation.answering import load_for_answers
 from evaluation.results import (
+    Batch,
     Results,
     file_sha256,
     fingerprint,
     library_versions,
+    model_path,
     read_records,
     read_summary,
 )
@@ -76,14 +77,13 @@ def judge_prompts(item: dict) -> list[str]:
 
 
 def text_prompt(text: str, tokenizer) -> Prompt:
-    """A prompt without a picture, through the chat template.
+    """A prompt without an image, through the chat template.
 
     Raises:
-        UserError: the text spells a vision token, which would ask for a picture.
+        UserError: the text spells a vision token, which would ask for an image.
     """
     for token in VISION_TOKENS:
-        if token in text:
-            raise UserError(f"it holds the vision token {token} as text")
+        require(token not in text, f"it holds the vision token {token} as text")
     content = [{"role": "user", "content": [{"type": "text", "text": text}]}]
     chat = tokenizer.apply_chat_template(content, tokenize=False, add_generation_prompt=True)
     ids = torch.tensor(tokenizer(chat, add_special_tokens=False)["input_ids"])
@@ -94,33 +94,35 @@ def text_prompt(text: str, tokenizer) -> Prompt:
     )  # fmt: skip
 
 
-def judge_batch(model, tokenizer, items: list[dict]) -> list[dict]:
-    """The verdicts on some items, in one batch; both None where a prompt cannot be used."""
-    prompts, errors = [], {}
-    for item in items:
-        try:
-            pair = [text_prompt(text, tokenizer) for text in judge_prompts(item)]
-            for prompt in pair:
-                require_room(prompt, JUDGE_TOKENS, model.config)
-            prompts += pair
-        except UserError as error:
-            errors[item["row"]] = str(error)
-    replies: list[str] = []
-    if prompts or is_sharded(model):  # sharded: all ranks generate together, this one just along
-        asked = prompts or [text_prompt("-", tokenizer)]
-        keys = [[(0,)]] * len(asked)
-        rollouts = sample_groups(model, tokenizer, asked, keys, JUDGE_TOKENS, **GREEDY)
-        replies = [rollout.texts[0] for rollout in rollouts[: len(prompts)]]
-    pairs = iter(zip(replies[::2], replies[1::2], strict=True))
-    records = []
-    for item in items:
-        pair = ("", "") if item["row"] in errors else next(pairs)
-        records.append({
-            "row": item["row"], "problem_id": item["problem_id"], "path": item["path"],
-            "question": parse_verdict(pair[0]), "response": parse_verdict(pair[1]),
-            "replies": list(pair), "error": errors.get(item["row"]),
-        })  # fmt: skip
-    return records
+def ask(model, tokenizer, batches: list[Batch]) -> Iterator[tuple[int, list[dict]]]:
+    """The number of each batch and its verdicts, both None where a prompt cannot be used."""
+    for number, items in batches:
+        prompts, errors = [], {}
+        for item in items:
+            try:
+                pair = [text_prompt(text, tokenizer) for text in judge_prompts(item)]
+                for prompt in pair:
+                    require_room(prompt, JUDGE_TOKENS, model.config)
+                prompts += pair
+            except UserError as error:
+                errors[item["row"]] = str(error)
+        replies: list[str] = []
+        if prompts or is_sharded(model):  # every rank joins the collectives of sharded weights
+            asked = prompts or [text_prompt("-", tokenizer)]
+            keys = [[(0,)]] * len(asked)
+            rollouts = sample_groups(model, tokenizer, asked, keys, JUDGE_TOKENS, **GREEDY)
+            replies = [rollout.texts[0] for rollout in rollouts[: len(prompts)]]
+        pairs = iter(zip(replies[::2], replies[1::2], strict=True))
+        records = []
+        for item in items:
+            pair = ("", "") if item["row"] in errors else next(pairs)
+            records.append({
+                "row": item["row"], "problem_id": item["problem_id"], "path": item["path"],
+                "question": parse_verdict(pair[0]), "response": parse_verdict(pair[1]),
+                "replies": list(pair), "error": errors.get(item["row"]),
+            })  # fmt: skip
+        if items:
+            yield number, records
 
 
 def summarise_verdicts(records: list[dict]) -> dict:
@@ -166,39 +168,30 @@ def judge(
     Args:
         name: the judge, a model folder or Hub id.
     Raises:
-        UserError: naming the file that is no results file of eval.py.
+        UserError: naming the file that is not a results file of eval.py.
     """
-    chosen = {Path(file): judged_items(Path(file)) for file in files}
-    provenance = on_main(world, lambda: {"model_fingerprint": fingerprint(name)}) | {
+    items = {Path(file): judged_items(Path(file)) for file in files}
+    made_by = {
+        "judge": model_path(name), "model_fingerprint": on_main(world, lambda: fingerprint(name)),
         "device": f"{world.device.type} {world.dtype}", "prompts": JUDGE_PROMPTS,
         "max_new_tokens": JUDGE_TOKENS, "batch_size": batch_size, **GREEDY,
     }  # fmt: skip
-    jobs = {
-        file: Results(
-            file.parent, f"{file.stem}.judge", {"results_sha256": file_sha256(file)} | provenance,
-            world, overwrite,
-        )
-        for file in chosen
-    }  # fmt: skip
+    jobs = {}
+    for file, chosen in items.items():
+        batches = [chosen[at : at + batch_size] for at in range(0, len(chosen), batch_size)]
+        provenance = made_by | {"results_sha256": file_sha256(file)}
+        jobs[file] = Results(file.parent, f"{file.stem}.judge", provenance, world, batches,
+                             ["model_fingerprint", "results_sha256"], overwrite)  # fmt: skip
     if not all(results.finished for results in jobs.values()):
         tokenizer = load_tokenizer(name)
         model = load_for_answers(name, world, sharded)
     for file, results in jobs.items():
-        items = chosen[file]
         if not results.finished:
-            results.begin()
-            batches = [items[cut : cut + batch_size] for cut in range(0, len(items), batch_size)]
-            mine = results.deal(batches, in_step=sharded)
-            for number, batch in tqdm(
-                mine, desc=f"judge {file.stem}", unit="batch", disable=not world.is_main
-            ):
-                records = judge_batch(model, tokenizer, batch)
-                if batch:
-                    results.append(number, records)
-            results.finish(
-                lambda records: {
-                    "judge": name, **summarise_verdicts(records), "versions": library_versions()
-                }
+            results.run(
+                lambda batches: ask(model, tokenizer, batches),
+                lambda records: {"judge": name, **summarise_verdicts(records),
+                                 "versions": library_versions()},
+                in_step=sharded,
             )  # fmt: skip
         if world.is_main:
             print_verdicts(file, read_summary(results.summary_file))

@@ -1,40 +1,35 @@
-"""Results files that an interrupted run goes on with, and what they depend on.
+"""Results files that survive kills, and the fingerprints that say what they depend on.
 
-A run appends its batches as they are finished; any number of ranks may go on where it was.
-
-    <name>.rank<r>.part.jsonl   of rank r: a line with the provenance, then one line for each batch
-    <name>.jsonl                every record, sorted by row: there when all batches are done
-    <name>.summary.json         the provenance and what was computed from the records
-    .<name>.lock                held by the run that is writing these
+    <name>.jsonl           one record per item, sorted by row; there once all batches are done
+    <name>.summary.json    what was computed from the records, and their provenance
+    <name>.partial/        while they are computed: settings.json with the provenance, rank<r>.jsonl
+                           with one line per finished batch, and the lock of the run that writes
 
 The provenance is a flat dict of everything that the records depend on: hashes of the model and the
-data, and the flags that change what is written. Records of two provenances are never mixed. The
-folder must be one that all ranks see.
+data, and the flags that change what is written. Records of two provenances are never mixed. A run
+that was interrupted resumes on any number of ranks, which must all see the folder.
 """
 
 import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import TextIO
 
 import torch.distributed as dist
+from tqdm import tqdm
 
 from infra.distributed import World, log, main_does, on_main
-from infra.errors import UserError
+from infra.errors import UserError, require
 from model import HUB_FILES, resolve_folder
 
-# What a new training or evaluation changes although the user gives the same flags: results that
-# differ from the present run in this alone are out of date, and no reason to stop.
-OUTDATED_BY = {
-    "model_fingerprint": "the model has changed since",
-    "results_sha256": "the judged results have changed since",
-}
-VERSIONS = ("torch", "transformers", "tokenizers", "numpy", "pillow", "decord", "decord2")
+Batch = tuple[int | None, list]  # its number, None where a rank has no work, and its items
 
 
 def file_sha256(path: str | Path) -> str:
@@ -45,60 +40,52 @@ def file_sha256(path: str | Path) -> str:
 
 def fingerprint(name: str) -> str:
     """SHA-256 over all files of a model folder that its answers depend on: weights, configs,
-    tokenizer, chat template.
-
-    Every byte counts, since a short training changes few of them in bfloat16. It costs 9 s for the
-    16 GB of a 7B model at 1.8 GB/s (one core with SHA instructions), less where there are more
-    cores than one, and the files are read for loading anyway.
+    tokenizer, chat template. Every byte counts, since a short run changes few of them in bfloat16.
     """
     folder = resolve_folder(name)
     files = sorted({file for pattern in HUB_FILES for file in folder.glob(pattern)})
-    with ThreadPoolExecutor(8) as threads:  # hashlib lets go of the interpreter
+    with ThreadPoolExecutor(8) as threads:  # hashlib releases the interpreter lock
         digests = list(threads.map(file_sha256, files))
     lines = [f"{file.name} {digest}\n" for file, digest in zip(files, digests, strict=True)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def model_path(name: str) -> str:
+    """The resolved path of a local model folder; a Hub id as it is."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
 def library_versions() -> dict[str, str]:
     """The versions of the libraries that the results may depend on; those that are installed."""
+    names = ("torch", "transformers", "tokenizers", "numpy", "pillow", "decord", "decord2")
     installed = {}
-    for name in VERSIONS:
-        try:
+    for name in names:
+        with suppress(metadata.PackageNotFoundError):  # decord or decord2
             installed[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue  # decord or decord2: one of them
     return installed
 
 
 def claim(lock: Path, what: str) -> TextIO:
     """Hold a lock file until what this returns is closed or the process ends.
 
-    Who holds it may delete it.
-
     Raises:
-        UserError: another process holds it, or there is no place for it; names `what`.
+        UserError: another process holds it, or it cannot be written; names `what`.
     """
-    while True:
-        try:
-            lock.parent.mkdir(parents=True, exist_ok=True)
-            file = lock.open("w")
-        except OSError as error:
-            raise UserError(f"{what}: {error.strerror}") from None
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another run is writing to {what}") from None
-        except OSError as error:  # a file system without locks
-            raise UserError(f"{what} cannot be locked: {error.strerror}") from None
-        if os.fstat(file.fileno()).st_nlink:
-            return file
-        file.close()  # deleted between open and flock by the one who held it
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = lock.open("w")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another run is writing to {what}") from None
+    except OSError as error:
+        raise UserError(f"{what} cannot be locked: {error.strerror}") from None
+    require(os.fstat(file.fileno()).st_nlink, f"another run has just finished {what}: start again")
+    return file
 
 
 def differences(old: dict, new: dict) -> dict[str, tuple]:
     """Where two provenances differ: name to (old value, new value), None where one lacks it."""
-    names = [*old, *(name for name in new if name not in old)]
-    pairs = {name: (old.get(name), new.get(name)) for name in names}
+    pairs = {name: (old.get(name), new.get(name)) for name in {**old, **new}}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
@@ -124,205 +111,182 @@ def read_records(path: Path) -> list[dict]:
     """The objects of a .jsonl file.
 
     Raises:
-        UserError: it is not there, or no such file; names it.
+        UserError: it is not there, or not such a file; names it.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-        records = [json.loads(line) for line in lines if line]
+        records = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as results: {error}") from None
-    if not all(isinstance(record, dict) for record in records):
-        raise UserError(f"{path} holds lines that are no objects")
+    require(all(isinstance(record, dict) for record in records),
+            f"{path} holds lines that are not objects")  # fmt: skip
     return records
 
 
 def read_summary(path: Path) -> dict | None:
-    """The summary in a file; None if there is no file.
+    """The object in a .json file; None if there is no file.
 
     Raises:
-        UserError: the file holds no JSON object; names it.
+        UserError: the file does not hold a JSON object; names it.
     """
     if not path.is_file():
         return None
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
+        summary = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(summary, dict):
-        raise UserError(f"{path} holds no object")
+    require(isinstance(summary, dict), f"{path} does not hold an object")
     return summary
 
 
-def read_part(path: Path) -> tuple[dict | None, dict[int, list[dict]]]:
-    """The provenance and the batches of a part; (None, {}) if its first line is not whole.
-
-    A kill tears the last line at most: what stands behind the last line break is no batch.
-    """
-    *lines, _ = path.read_bytes().split(b"\n")
-    try:
-        rows = [json.loads(line) for line in lines]
-        batches = {row["batch"]: row["records"] for row in rows[1:]}
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} is damaged, delete it: {error}") from None
-    return (rows[0], batches) if rows else (None, {})
-
-
 class Results:
-    """One results file, finished or in the making.
+    """One results file, finished or in progress.
 
-    results = Results(folder, "eval_mvbench.ordered", provenance, world)
+    results = Results(folder, "eval_mvbench.ordered", provenance, world, batches)
     if not results.finished:
-        results.begin()
-        for number, batch in results.deal(batches):
-            results.append(number, records_of(batch))
-        results.finish(summarise)
+        results.run(work, summarise)
 
-    Results that are out of date (OUTDATED_BY) are replaced, after a line that says so.
+    A batch is the unit of work: records depend neither on the number of ranks nor on interruptions.
 
     Args:
-        overwrite: replace whatever is there.
+        batches: all items (each with its `row`), the same on every rank.
+        replaceable: names of the provenance. Results that differ in these alone are out of date
+            and replaced, after a line that says so; with overwrite, all of another provenance.
+        retry: from the rows whose media could not be used to whether to try them again.
     Raises:
-        UserError, on rank 0: the folder holds results of another provenance, and names the
-            difference; or they are finished and another run is writing them anew.
+        UserError, on rank 0: results of another provenance are there; names the difference.
     """
 
     def __init__(
-        self, folder: Path, name: str, provenance: dict, world: World, overwrite: bool = False
-    ):
-        self.folder, self.name, self.world = folder, name, world
+        self, folder: Path, name: str, provenance: dict, world: World, batches: list[list],
+        replaceable: Sequence[str] = (), overwrite: bool = False,
+        retry: Callable[[set[int]], bool] = lambda rows: False,
+    ):  # fmt: skip
+        self.name, self.world, self.batches = name, world, batches
         self.provenance = json.loads(json.dumps(provenance))  # as it will be read: no tuples
+        self.replaceable, self.overwrite, self.retries = set(replaceable), overwrite, False
         self.records_file = folder / f"{name}.jsonl"
         self.summary_file = folder / f"{name}.summary.json"
-        self.lock_file = folder / f".{name}.lock"
-        self.stale: list[Path] = []  # parts to delete, on rank 0
-        self.finished, self.done = on_main(world, lambda: self._look(overwrite))
+        self.partial = folder / f"{name}.partial"
+        self.settings_file = self.partial / "settings.json"
+        self.finished = on_main(world, lambda: self._look(retry))
 
-    def _parts(self) -> list[Path]:
-        parts = self.folder.glob("*.part.jsonl")
-        return sorted(part for part in parts if part.name.startswith(f"{self.name}.rank"))
-
-    def _files(self) -> dict[str, int]:
-        """What is there, by its length: another run would change it."""
-        files = (self.records_file, self.summary_file, *self._parts())
-        return {file.name: file.stat().st_size for file in files if file.exists()}
-
-    def _claim(self) -> None:
-        self.lock = claim(self.lock_file, str(self.records_file))
-
-    def _look(self, overwrite: bool) -> tuple[bool, set[int]]:
-        """Whether the results are finished, and if not, which batches are done."""
-        summary = read_summary(self.summary_file)
-        finished = (
-            not overwrite and summary is not None and self.records_file.is_file()
-            and self._is_current(self.summary_file, summary.get("provenance", {}))
-        )  # fmt: skip
+    def _look(self, retry: Callable[[set[int]], bool]) -> bool:
+        """Whether nothing is left to do."""
+        failed = [record["row"] for batch in self._found(log).values() for record in lost(batch)]
+        self.retries = bool(failed) and retry(set(failed))
+        if self.retries:
+            log(f"{self.records_file}: {len(failed)} items without usable media are tried again")
+        finished = len(self._done()) == len(self.batches) and not self.partial.exists()
         if finished:
-            log(f"{self.records_file} is finished (--overwrite true computes it anew)")
-            if self._parts() or self.lock_file.exists():  # left by a kill in the last moment
-                self._claim()
-                self._close()
-            return True, set()
-        self.seen = self._files()
-        if overwrite:
-            self.stale = self._parts()
-            return False, set()
-        done: set[int] = set()
-        for part in self._parts():
-            provenance, batches = read_part(part)
-            if provenance is None or self._is_current(part, provenance):
-                done |= batches.keys()
-            else:
-                self.stale.append(part)
-        if done:
-            log(f"{self.records_file}: goes on where it was, {len(done)} batches are done")
-        return False, done
+            log(f"{self.records_file} is finished")
+        return finished
 
-    def _is_current(self, file: Path, provenance: dict) -> bool:
-        changed = differences(provenance, self.provenance)
-        if not changed:
-            return True
-        if changed.keys() <= OUTDATED_BY.keys():
-            reasons = ", ".join(OUTDATED_BY[name] for name in changed)
-            log(f"{file} is replaced: {reasons}")
-            return False
-        what = f"with {describe(changed)}" if provenance else "that do not say what made them"
-        raise UserError(
-            f"{file} has results {what}: name another --output_dir, delete it, or replace it by "
-            "--overwrite true"
-        )
-
-    def deal(self, batches: list, in_step: bool = False) -> list[tuple[int | None, list]]:
-        """This rank's part of the batches that are not done: (number, batch), dealt out in turns.
-
-        in_step: as many for every rank, those without work getting (None, []).
-        """
-        self.num_batches = len(batches)
-        left = [(number, batch) for number, batch in enumerate(batches) if number not in self.done]
-        if in_step:
-            left += [(None, [])] * (-len(left) % self.world.size)
-        return left[self.world.rank :: self.world.size]
-
-    def begin(self) -> None:
-        """Clear away what is out of date, and open this rank's part.
+    def _is_ours(self, file: Path, log: Callable[[str], None]) -> bool:
+        """Whether these settings made what a summary or a settings file is about.
 
         Raises:
-            UserError, on rank 0: another run is writing these results, or has since they were
-                looked at.
+            UserError: others did, and it is not to be replaced; names the difference.
         """
-        main_does(self.world, self._clear)
-        path = self.folder / f"{self.name}.rank{self.world.rank}.part.jsonl"
-        whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
-        self.part = path.open("r+b" if path.exists() else "w+b")
-        self.part.truncate(len(whole) + 1 if whole else 0)  # a torn line is dropped
-        self.part.seek(0, os.SEEK_END)
-        if not whole:
-            self._write(self.provenance)
+        content = read_summary(file)
+        if content is None or content.get("provenance") == self.provenance:
+            return content is not None
+        old = content.get("provenance") or {}
+        changed = differences(old, self.provenance)
+        what = f"{file} has results {describe(changed) if old else 'of unknown settings'}"
+        require(self.overwrite or (old and changed.keys() <= self.replaceable),
+                f"{what}: write elsewhere, or replace it by --overwrite true")  # fmt: skip
+        log(f"{what}: replaced")
+        return False
 
-    def _clear(self) -> None:
-        self._claim()
-        if self._files() != self.seen:
-            raise UserError(f"another run has written to {self.records_file} since: start anew")
-        for path in self.stale:
-            path.unlink()
+    def _found(self, log: Callable[[str], None] = lambda line: None) -> dict[int, list[dict]]:
+        """The records on disk that these settings made, by batch."""
+        found: dict[int, list[dict]] = {}
+        if self._is_ours(self.summary_file, log) and self.records_file.is_file():
+            records = {record["row"]: record for record in read_records(self.records_file)}
+            for number, batch in enumerate(self.batches):
+                rows = [_row(item) for item in batch]
+                if records.keys() >= set(rows):
+                    found[number] = [records[row] for row in rows]
+        parts = sorted(self.partial.glob("rank*.jsonl"))
+        for part in parts if self._is_ours(self.settings_file, log) else []:
+            for line in part.read_text("utf-8").split("\n"):
+                try:
+                    row = json.loads(line)
+                except ValueError:  # empty, or torn by a kill
+                    continue
+                number, batch = row["batch"], row["records"]
+                if number not in found or len(lost(batch)) <= len(lost(found[number])):
+                    found[number] = batch  # the better of two tries
+        return found
 
-    def _write(self, row: dict) -> None:
-        self.part.write(json.dumps(row).encode() + b"\n")
-        self.part.flush()
+    def _done(self) -> set[int]:
+        """The numbers of the batches that are not to be computed."""
+        found = self._found().items()
+        return {number for number, batch in found if not (self.retries and lost(batch))}
 
-    def append(self, number: int, records: list[dict]) -> None:
-        """Keep the records of a finished batch."""
-        self._write({"batch": number, "records": records})
+    def run(
+        self, work: Callable[[list[Batch]], Iterable[tuple[int, list[dict]]]],
+        summarise: Callable[[list[dict]], dict], in_step: bool = False, unit: str = "item",
+    ) -> None:  # fmt: skip
+        """Compute the batches that are not done, each rank its share, and write the results.
 
-    def collect(self) -> list[dict]:
-        """All records, sorted by row, on rank 0 once every rank has finished; else []."""
-        self.part.close()
+        Args:
+            work: from this rank's share to the number and the records of each batch.
+            summarise: from all records, sorted, to what the summary holds.
+            in_step: as many batches for every rank, those without work getting (None, []).
+        """
+        done, rank, size = on_main(self.world, self._begin), self.world.rank, self.world.size
+        num_items = sum(map(len, self.batches))
+        num_done = sum(len(self.batches[number]) for number in done)
+        with (
+            (self.partial / f"rank{rank}.jsonl").open("a") as part,
+            tqdm(total=num_items, initial=num_done, desc=self.name, unit=unit, disable=rank > 0,
+                 dynamic_ncols=True) as bar,
+        ):  # fmt: skip
+            part.write("\n")  # a kill may have torn the last line
+            for number, records in work(deal(self.batches, done, rank, size, in_step)):
+                part.write(json.dumps({"batch": number, "records": records}) + "\n")
+                part.flush()
+                bar.update(min(len(records) * size, bar.total - bar.n))  # of all ranks, about
         dist.barrier()
-        if not self.world.is_main:
-            return []
-        batches: dict[int, list[dict]] = {}
-        for part in self._parts():
-            batches |= read_part(part)[1]
-        if len(batches) < self.num_batches:
-            raise UserError(f"{self.folder} lacks batches of other ranks: do all see one folder?")
-        records = [record for batch in batches.values() for record in batch]
-        return sorted(records, key=lambda record: record["row"])
+        main_does(self.world, lambda: self._finish(summarise))
 
-    def _close(self) -> None:
-        """Delete the parts, once what was made of them is on disk, and let others write."""
-        for path in (*self._parts(), self.lock_file):
-            path.unlink()
+    def _begin(self) -> set[int]:
+        """Lock the results and drop what other settings left; the batches that are done."""
+        self.lock = claim(self.partial / "lock", str(self.records_file))
+        if not self._is_ours(self.settings_file, lambda line: None):
+            for part in self.partial.glob("rank*.jsonl"):
+                part.unlink()
+            write_json(self.settings_file, {"provenance": self.provenance})
+        done = self._done()
+        if done:
+            log(f"{self.records_file}: resumes, {len(done)} of {len(self.batches)} batches done")
+        return done
+
+    def _finish(self, summarise: Callable[[list[dict]], dict]) -> None:
+        found = self._found()
+        require(len(found) == len(self.batches),
+                f"{self.partial} lacks batches of other ranks: do all see one folder?")  # fmt: skip
+        records = sorted((record for batch in found.values() for record in batch), key=_row)
+        write_whole(self.records_file, "".join(json.dumps(record) + "\n" for record in records))
+        write_json(self.summary_file, {**summarise(records), "provenance": self.provenance})
         self.lock.close()
+        shutil.rmtree(self.partial)
+        log(f"results written to {self.records_file}")
 
-    def finish(self, summarise: Callable[[list[dict]], dict]) -> None:
-        """Write the records and their summary when every rank has come here."""
-        records = self.collect()
 
-        def write() -> None:
-            text = "".join(json.dumps(record) + "\n" for record in records)
-            summary = {**summarise(records), "provenance": self.provenance}
-            write_whole(self.records_file, text)
-            write_json(self.summary_file, summary)
-            self._close()
-            log(f"results written to {self.folder / self.name}.*")
+def deal(batches: list[list], done: set[int], rank: int, size: int, in_step: bool) -> list[Batch]:
+    """The share of a rank in the batches that are not done, dealt out in turns."""
+    left: list[Batch] = [pair for pair in enumerate(batches) if pair[0] not in done]
+    if in_step:
+        left += [(None, [])] * (-len(left) % size)
+    return left[rank::size]
 
-        main_does(self.world, write)
+
+def lost(records: list[dict]) -> list[dict]:
+    """The records of items whose media could not be used, which may be there the next time."""
+    return [record for record in records if record.get("is_media_error")]
+
+
+def _row(item) -> int:
+    return item["row"] if isinstance(item, dict) else item.row

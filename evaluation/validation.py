@@ -6,18 +6,34 @@ and two runs, can be compared.
 
 from config import TrainConfig
 from data import Sample, load_samples
-from evaluation.answering import Answer, AnswerSettings, answer, fixed_batches, score_item
+from evaluation.answering import AnswerSettings, answer, fixed_batches, score_item
 from infra.distributed import World, gather_to_main, unsharded
+from infra.errors import require
 from infra.video import DecoderPool
 
 BATCH_SIZE = 16  # samples that are generated together, per rank
+
+
+def load_validation(config: TrainConfig) -> list[Sample]:
+    """The samples of --val_data; none without it.
+
+    Raises:
+        UserError: the file cannot be used, or has no sample of --data_types.
+    """
+    if not config.val_data:
+        return []
+    samples = load_samples(config.val_data, config.data_root or None)
+    samples = [sample for sample in samples if sample.data_type in config.data_types]
+    kinds = " ".join(config.data_types)
+    require(samples, f"--val_data {config.val_data} has no row of --data_types {kinds}")
+    return samples
 
 
 class Validation:
     """The validation of one run. Without --val_data it is never due.
 
     Raises:
-        UserError: --val_data cannot be used; names the file or its row.
+        UserError: as load_validation.
     """
 
     def __init__(
@@ -27,29 +43,41 @@ class Validation:
         self.config, self.world, self.pool, self.tokenizer = config, world, pool, tokenizer
         self.prompt_options = prompt_options
         self.samples = samples
+        self.is_first = True
 
     def is_due(self, step: int, total_steps: int) -> bool:
         """Whether to validate after so many steps: every --val_every, at the start, at the end."""
         return bool(self.samples) and (step % self.config.val_every == 0 or step == total_steps)
 
     def __call__(self, policy) -> dict | None:
-        """Rank 0: accuracy, accuracy_shuffled and gap, also by_type; None elsewhere.
+        """Validate.
 
-        accuracy: mean score over all samples. accuracy_shuffled, gap: over the videos alone.
+        Returns:
+            on rank 0, None elsewhere: n, accuracy, n_shuffled, accuracy_shuffled and gap (see
+            summary), by_type with the same, and unusable: row, problem_id, order and error of each
+            sample that could not be used.
+        Raises:
+            UserError, on rank 0: the first validation finds no sample that can be used.
         """
-        scores = {order: self._scores(policy, order) for order in ("ordered", "shuffled")}
+        scores, unusable = {}, []
+        for order in ("ordered", "shuffled"):
+            scores[order], errors = self._scores(policy, order)
+            unusable += errors
         if not self.world.is_main:
             return None
-        kinds = sorted({sample.problem_type for sample in self.samples})
-        by_type = {}
-        for kind in kinds:
-            rows = {sample.row for sample in self.samples if sample.problem_type == kind}
-            by_type[kind] = {"n": len(rows), **summary(scores, rows)}
-        rows = {sample.row for sample in self.samples}
-        return {"n": len(rows), **summary(scores, rows), "by_type": by_type}
+        reasons = "; ".join(sorted({record["error"] for record in unusable})[:3])
+        require(scores["ordered"] or not self.is_first,
+                f"--val_data {self.config.val_data}: no sample can be used: {reasons}")  # fmt: skip
+        self.is_first = False
+        rows: dict[str, set[int]] = {}
+        for sample in self.samples:
+            rows.setdefault(sample.problem_type, set()).add(sample.row)
+        by_type = {kind: counted(scores, rows[kind]) for kind in sorted(rows)}
+        everything = counted(scores, set().union(*rows.values()))
+        return {**everything, "by_type": by_type, "unusable": unusable}
 
-    def _scores(self, policy, order: str) -> dict[int, float]:
-        """Rank 0: the score of every sample that can be used, by row; elsewhere nothing."""
+    def _scores(self, policy, order: str) -> tuple[dict[int, float], list[dict]]:
+        """Rank 0: the score of each usable sample by row, and the others; elsewhere nothing."""
         samples = [sample for sample in self.samples if order == "ordered" or sample.is_video]
         settings = AnswerSettings(
             self.config.limits(), self.prompt_options, order,
@@ -57,36 +85,39 @@ class Validation:
         )  # fmt: skip
         batches = list(enumerate(fixed_batches(samples, BATCH_SIZE)))
         mine = batches[self.world.rank :: self.world.size]
-        answers: list[Answer] = []
+        scores, unusable = {}, []
         with unsharded(policy):
-            for _, batch in answer(policy, self.tokenizer, mine, self.pool, settings):
-                answers += batch
-        scores = {
-            answer.sample.row: score_item(answer.rollout.texts[0], answer.sample)
-            for answer in answers
-            if answer.rollout is not None
-        }
-        everyone = gather_to_main(scores, self.world)
-        return {row: score for rank in everyone or [] for row, score in rank.items()}
+            for _, answers in answer(policy, self.tokenizer, mine, self.pool, settings):
+                for found in answers:
+                    sample = found.sample
+                    if found.error is None:
+                        scores[sample.row] = score_item(found.rollout.texts[0], sample)
+                    else:
+                        unusable.append({"row": sample.row, "problem_id": sample.problem_id,
+                                         "order": order, "error": found.error})  # fmt: skip
+        ranks = gather_to_main((scores, unusable), self.world) or []
+        scores = dict(sorted(pair for part, _ in ranks for pair in part.items()))
+        unusable = [record for _, part in ranks for record in part]
+        return scores, sorted(unusable, key=lambda record: record["row"])
 
 
-def load_validation(config: TrainConfig) -> list[Sample]:
-    """The samples of --val_data; none without it."""
-    if not config.val_data:
-        return []
-    samples = load_samples(config.val_data, config.data_root or None)
-    return [sample for sample in samples if sample.data_type in config.data_types]
+def counted(scores: dict[str, dict[int, float]], rows: set[int]) -> dict:
+    """summary, and how many of the rows could be used in each order."""
+    num_used = {order: len(rows & found.keys()) for order, found in scores.items()}
+    return {"n": num_used["ordered"], "n_shuffled": num_used["shuffled"], **summary(scores, rows)}
 
 
 def summary(scores: dict[str, dict[int, float]], rows: set[int]) -> dict[str, float | None]:
-    """accuracy, accuracy_shuffled and gap over some rows, from the scores in each order by row."""
+    """accuracy, accuracy_shuffled and gap over some rows, from the scores in each order by row.
+
+    gap: the difference over the rows that could be used in both orders. None where there is no row.
+    """
 
     def mean(order: str, chosen: set[int]) -> float | None:
         values = [score for row, score in scores[order].items() if row in chosen]
         return sum(values) / len(values) if values else None
 
-    shuffled = mean("shuffled", rows)
-    gap = None
-    if shuffled is not None:
-        gap = mean("ordered", rows & scores["shuffled"].keys()) - shuffled
-    return {"accuracy": mean("ordered", rows), "accuracy_shuffled": shuffled, "gap": gap}
+    both = rows & scores["ordered"].keys() & scores["shuffled"].keys()
+    gap = mean("ordered", both) - mean("shuffled", both) if both else None
+    return {"accuracy": mean("ordered", rows), "accuracy_shuffled": mean("shuffled", rows),
+            "gap": gap}  # fmt: skip

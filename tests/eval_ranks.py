@@ -1,13 +1,14 @@
-"""What test_eval.py launches: evaluations in one process group, and evaluations that are killed.
+"""What test_eval.py launches: evaluations in one process group, and an evaluation that is killed.
 
 usage: torchrun .. eval_ranks.py ranks OUT MODEL DATA     each way to evaluate, below OUT
-       eval_ranks.py kill OUT MODEL DATA KILLS            one evaluation whole, below OUT/whole,
-                                                          one killed so many times, OUT/killed
+       eval_ranks.py kill OUT MODEL DATA     uninterrupted, below OUT/whole; below OUT/killed killed
+                                             on two ranks, again on one, and resumed to its end
 """
 
 import os
 import random
 import signal
+import socket
 import sys
 import time
 from dataclasses import replace
@@ -15,7 +16,6 @@ from pathlib import Path
 
 import torch
 
-import eval as evaluation
 from eval import EvalConfig, evaluate
 from evaluation.judge import judge
 from infra.distributed import die_with_parent, process_group
@@ -29,7 +29,7 @@ def settings(out, model, data):
 
 
 def ranks(out, model, data):
-    """Whole weights; with two processes also sharded ones, in both orders, and a sharded judge."""
+    """Whole weights; with two processes also sharded ones, and a judge with both."""
     with process_group() as world:
         config = settings(f"{out}/whole", model, data)
         evaluate(config, world, is_toy=False)
@@ -45,39 +45,47 @@ def ranks(out, model, data):
                 judge(model, [str(copy)], world, 3, how == "sharded", overwrite=False)
 
 
-def lines(out):
-    """Lines of all parts: headers, and batches that are done."""
-    return sum(part.read_bytes().count(b"\n") for part in Path(out).rglob("*.part.jsonl"))
+def start(num_ranks, *arguments):
+    """An evaluation in child processes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(num_ranks):
+        children.append(os.fork())
+        if children[-1] == 0:
+            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(num_ranks),
+                           "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}  # fmt: skip
+            with process_group() as world:
+                evaluate(settings(*arguments), world, is_toy=False)
+            os._exit(0)
+    return children
 
 
-def start(out, model, data):
-    """An evaluation in a child process, which leads a process group of its own."""
-    child = os.fork()
-    if child == 0:
-        os.setsid()
-        with process_group() as world:
-            evaluate(settings(out, model, data), world, is_toy=False)
-        os._exit(0)
-    return child
+def num_batches(out):
+    parts = Path(out).rglob("rank*.jsonl")
+    return sum(part.read_bytes().count(b'"batch"') for part in parts)
 
 
-def kill(out, model, data, kills):
-    """Kill a child as many times, at a random instant behind its next batches; then let one end."""
-    assert os.waitpid(start(f"{out}/whole", model, data), 0)[1] == 0
-    out, rng = f"{out}/killed", random.Random(0)
-    for number in range(int(kills)):
-        child, goal = start(out, model, data), lines(out) + rng.randrange(3) * (number > 0)
-        while lines(out) < goal:
+def kill(out, model, data):
+    rng = random.Random(0)
+    arguments = f"{out}/killed", model, data
+    for num_ranks in (2, 1):
+        children, goal = start(num_ranks, *arguments), num_batches(out) + rng.randrange(1, 4)
+        while num_batches(out) < goal:
             time.sleep(0.002)
         time.sleep(rng.random() * 0.3)
-        os.killpg(child, signal.SIGKILL)
-        assert os.waitpid(child, 0)[1] == signal.SIGKILL, "it had come to its end"
-        print(f"killed with {lines(out)} lines", flush=True)
-    assert os.waitpid(start(out, model, data), 0)[1] == 0
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+        ends = {os.waitpid(child, 0)[1] for child in children}
+        assert ends == {signal.SIGKILL}, "it had come to its end"
+        print(f"killed {num_ranks} ranks after {num_batches(out)} batches", flush=True)
+    for folder in ("killed", "whole"):
+        (child,) = start(1, f"{out}/{folder}", model, data)
+        assert os.waitpid(child, 0)[1] == 0
 
 
 if __name__ == "__main__":
     die_with_parent()
     torch.set_num_threads(1)  # sums of floats depend on the number of threads
     {"ranks": ranks, "kill": kill}[sys.argv[1]](*sys.argv[2:])
-    assert evaluation  # imported before the fork, which then costs nothing

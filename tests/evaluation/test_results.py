@@ -1,7 +1,6 @@
-"""results.py: whatever instant a run is killed at, the next one goes on and ends with the same
+"""results.py: whatever instant a run is killed at, the next one resumes and ends with the same
 file; records of two provenances are never mixed."""
 
-import dataclasses
 import errno
 import json
 import shutil
@@ -10,11 +9,13 @@ import pytest
 import torch.distributed as dist
 
 from evaluation import results
-from evaluation.results import Results, differences, fingerprint
+from evaluation.results import Results, deal, fingerprint
 from infra.distributed import process_group
+from infra.errors import UserError
 
 PROVENANCE = {"model_fingerprint": "m1", "data_sha256": "d1", "max_frames": 16, "order": "ordered"}
-BATCHES = [["a", "b"], ["c"], ["d", "e"], ["f"]]
+# Later batches have earlier rows.
+BATCHES = [[{"row": row} for row in rows] for rows in ([60, 61], [50], [40, 41], [30])]
 NAME = "test.ordered"
 
 
@@ -28,35 +29,45 @@ def world(monkeypatch):
         dist.destroy_process_group()
 
 
-def records(number):
-    """Two records to a batch: later batches have earlier rows, and a line may hold any text."""
-    return [{"row": 10 * (9 - number) + k, "text": f"{text}\n\u2028"}
-            for k, text in enumerate(BATCHES[number])]  # fmt: skip
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches SIGKILL."""
 
 
-def open_results(folder, world, overwrite=False, **changes):
-    return Results(folder, NAME, PROVENANCE | changes, world, overwrite)
+def open_results(folder, world, overwrite=False, retry=lambda rows: False, **changes):
+    return Results(folder, NAME, PROVENANCE | changes, world, BATCHES, ["model_fingerprint"],
+                   overwrite, retry)  # fmt: skip
 
 
-def run(folder, world, stop_after=None, **changes):
-    """A run to its end, or one that is killed behind some of its batches. What it computed."""
-    found = open_results(folder, world, **changes)
+def run(folder, world, stop_after=None, missing=(), **changes):
+    """A run to its end, or one that is killed after some of its batches. What it computed.
+
+    missing: rows whose media are not there.
+    """
     computed = []
-    if found.finished:
-        return computed
-    found.begin()
-    for number, _ in found.deal(BATCHES):
-        if len(computed) == stop_after:
-            found.part.close()
-            return computed
-        found.append(number, records(number))
-        computed.append(number)
-    found.finish(lambda items: {"n": len(items)})
+
+    def work(batches):
+        for number, batch in batches:
+            if len(computed) == stop_after:
+                raise Killed
+            computed.append(number)
+            num_lost = sum(item["row"] in missing for item in batch)
+            yield number, [
+                item | {"is_media_error": item["row"] in missing, "text": f"{num_lost}\n\u2028"}
+                for item in batch
+            ]
+
+    found = open_results(folder, world, **changes)
+    if not found.finished:
+        try:
+            found.run(work, lambda records: {"n": len(records)})
+        except Killed:
+            found.lock.close()
     return computed
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {str(path.relative_to(folder)): path.read_bytes()
+            for path in folder.rglob("*") if path.is_file()}  # fmt: skip
 
 
 @pytest.fixture
@@ -67,68 +78,36 @@ def whole(tmp_path_factory, world):
     return contents(folder)
 
 
-def test_files_of_a_whole_run(whole):
+def test_files_of_an_uninterrupted_run(whole):
     assert set(whole) == {f"{NAME}.jsonl", f"{NAME}.summary.json"}
     rows = [json.loads(line) for line in whole[f"{NAME}.jsonl"].splitlines()]
-    assert [row["row"] for row in rows] == [60, 70, 71, 80, 90, 91]
-    assert rows[-1]["text"] == "b\n\u2028"
-    summary = json.loads(whole[f"{NAME}.summary.json"])
-    assert summary == {"n": 6, "provenance": PROVENANCE}
+    assert [row["row"] for row in rows] == [30, 40, 41, 50, 60, 61]
+    assert rows[-1]["text"] == "0\n\u2028"
+    assert json.loads(whole[f"{NAME}.summary.json"]) == {"n": 6, "provenance": PROVENANCE}
 
 
 def test_killed_between_any_two_bytes(tmp_path, world, whole):
+    """The torn line stays in the part while the batch is computed again, and does no harm."""
     folder = tmp_path / "killed"
     assert run(folder, world, stop_after=3) == [0, 1, 2]
-    part = folder / f"{NAME}.rank0.part.jsonl"
-    written = part.read_bytes()
-    assert len(written.splitlines()) == 4
-    for size in range(len(written) + 1):
-        part.write_bytes(written[:size])
-        num_kept = max(0, written[:size].count(b"\n") - 1)
-        assert run(folder, world) == list(range(num_kept, 4))
+    killed = tmp_path / "copy"
+    shutil.copytree(folder, killed)
+    written = (folder / f"{NAME}.partial/rank0.jsonl").read_bytes()
+    ends = [place for place, byte in enumerate(written) if byte == ord("\n")][1:]
+    for size in range(0, len(written) + 1, 3):
+        shutil.rmtree(folder)
+        shutil.copytree(killed, folder)
+        (folder / f"{NAME}.partial/rank0.jsonl").write_bytes(written[:size])
+        num_kept = sum(end <= size for end in ends)  # the line break itself may be missing
+        assert run(folder, world, stop_after=1) == [num_kept]
+        assert run(folder, world) == list(range(num_kept + 1, 4))
         assert contents(folder) == whole
-        for path in folder.iterdir():
-            path.unlink()
 
 
-def test_a_torn_line_is_dropped_before_more_is_written(tmp_path, world, whole):
-    run(tmp_path, world, stop_after=2)
-    part = tmp_path / f"{NAME}.rank0.part.jsonl"
-    part.write_bytes(part.read_bytes()[:-5])
-    assert run(tmp_path, world, stop_after=1) == [1]
-    lines = [json.loads(line) for line in part.read_text().split("\n")[:-1]]
-    assert lines[0] == PROVENANCE
-    assert [line["batch"] for line in lines[1:]] == [0, 1]
-
-
-def test_another_number_of_ranks_goes_on(tmp_path, world, whole):
-    for rank in range(3):  # of three ranks, killed when each had done at most one batch
-        of_three = dataclasses.replace(world, rank=rank, size=3)
-        found = Results(tmp_path, NAME, PROVENANCE, world)
-        found.world = of_three
-        # Every rank looks before any writes: rank 0 tells the others what is done.
-        found.done = set()
-        found.begin()
-        number, _ = found.deal(BATCHES)[0]
-        if rank != 1:
-            found.append(number, records(number))
-        found.part.close()
-        if rank == 0:
-            found.lock.close()
-    assert len(list(tmp_path.glob("*.part.jsonl"))) == 3
-    assert run(tmp_path, world) == [1, 3]
-    assert contents(tmp_path) == whole
-
-
-@pytest.mark.parametrize("done", range(7))
-def test_killed_between_the_steps_of_the_end(tmp_path, world, whole, monkeypatch, done):
-    """The steps: records beside, records in place, summary beside, summary in place, part gone,
-    lock gone."""
-
-    class Killed(BaseException):
-        pass
-
-    left = [done]
+@pytest.mark.parametrize("num_steps", range(5))
+def test_killed_between_the_steps_of_the_end(tmp_path, world, whole, monkeypatch, num_steps):
+    """The steps: records written, renamed, summary written, renamed, partial folder deleted."""
+    left = [num_steps]
 
     def counted(function):
         def step(*arguments, **named):
@@ -139,16 +118,25 @@ def test_killed_between_the_steps_of_the_end(tmp_path, world, whole, monkeypatch
 
         return step
 
+    assert run(tmp_path, world, stop_after=3) == [0, 1, 2]
     with monkeypatch.context() as patched:
         patched.setattr(results.Path, "write_text", counted(results.Path.write_text))
         patched.setattr(results.os, "replace", counted(results.os.replace))
-        patched.setattr(results.Path, "unlink", counted(results.Path.unlink))
-        if done < 6:
-            with pytest.raises(Killed):
-                run(tmp_path, world)
-        else:
-            run(tmp_path, world)
+        patched.setattr(results.shutil, "rmtree", counted(results.shutil.rmtree))
+        assert run(tmp_path, world) == [3]
     assert run(tmp_path, world) == [], "no batch is computed again"
+    assert contents(tmp_path) == whole
+
+
+def test_another_number_of_ranks_resumes(tmp_path, world, whole):
+    run(tmp_path, world, stop_after=0)
+    folder = tmp_path / f"{NAME}.partial"
+    for rank in range(3):  # of three ranks, each killed when it had done at most one batch
+        lines = [{"batch": rank, "records": [item | {"is_media_error": False, "text": "0\n\u2028"}
+                                             for item in BATCHES[rank]]}]  # fmt: skip
+        text = "".join(json.dumps(line) + "\n" for line in lines if rank != 1)
+        (folder / f"rank{rank}.jsonl").write_text("\n" + text)
+    assert run(tmp_path, world) == [1, 3]
     assert contents(tmp_path) == whole
 
 
@@ -175,136 +163,102 @@ def test_finished_results_are_not_computed_again(tmp_path, world, whole, capsys)
 def test_results_of_other_settings_are_refused(tmp_path, world, stop_after, changes, words):
     run(tmp_path, world, stop_after=stop_after)
     before = contents(tmp_path)
-    with pytest.raises(ValueError, match=words) as caught:
+    with pytest.raises(UserError, match=words) as caught:
         open_results(tmp_path, world, **changes)
     assert NAME in str(caught.value)
-    assert "--output_dir" in str(caught.value)
     assert "--overwrite" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("stop_after", [None, 2], ids=["finished", "unfinished"])
-def test_results_of_the_model_before_its_next_training_are_replaced(
-    tmp_path, world, stop_after, capsys
-):
-    run(tmp_path, world, stop_after=stop_after)
-    capsys.readouterr()
-    assert run(tmp_path, world, model_fingerprint="m2") == [0, 1, 2, 3]
-    assert "is replaced: the model has changed since" in capsys.readouterr().out
-    summary = json.loads((tmp_path / f"{NAME}.summary.json").read_text())
-    assert summary["provenance"]["model_fingerprint"] == "m2"
-
-
-def test_new_results_that_were_cut_off_go_on_beside_the_old_ones(tmp_path, world):
-    run(tmp_path, world)
-    old = (tmp_path / f"{NAME}.summary.json").read_bytes()
-    assert run(tmp_path, world, stop_after=3, model_fingerprint="m2") == [0, 1, 2]
-    assert (tmp_path / f"{NAME}.summary.json").read_bytes() == old
-    assert run(tmp_path, world, model_fingerprint="m2") == [3]
-
-
-@pytest.mark.parametrize("stop_after", [None, 2], ids=["finished", "unfinished"])
-def test_overwrite_computes_everything_anew(tmp_path, world, whole, stop_after):
-    run(tmp_path, world, stop_after=stop_after, max_frames=32)
-    assert run(tmp_path, world, overwrite=True) == [0, 1, 2, 3]
-    assert contents(tmp_path) == whole
-
-
-def test_results_without_a_provenance_are_refused(tmp_path, world):
-    run(tmp_path, world)
-    (tmp_path / f"{NAME}.summary.json").write_text("{}")
-    with pytest.raises(ValueError, match="do not say what made them"):
-        open_results(tmp_path, world)
-
-
 @pytest.mark.parametrize(
-    "name, text",
-    [
-        (f"{NAME}.summary.json", "{"),
-        (f"{NAME}.summary.json", "[]"),
-        (f"{NAME}.rank0.part.jsonl", '{"max_frames": 16}\nhalf a line\n'),
-        (f"{NAME}.rank0.part.jsonl", '{"max_frames": 16}\n[1]\n'),
-    ],
+    "changes", [{"model_fingerprint": "m2"}, {"max_frames": 32, "overwrite": True}], ids=str
 )
+def test_what_may_be_replaced_is_replaced_after_a_line(
+    tmp_path, world, stop_after, changes, capsys
+):
+    """Cut off itself, it resumes beside the old results, which stay until it is finished."""
+    run(tmp_path, world, stop_after=stop_after)
+    old = contents(tmp_path).get(f"{NAME}.summary.json")
+    capsys.readouterr()
+    assert run(tmp_path, world, stop_after=3, **changes) == [0, 1, 2]
+    assert ": replaced" in capsys.readouterr().out
+    assert contents(tmp_path).get(f"{NAME}.summary.json") == old
+    assert run(tmp_path, world, **changes) == [3]
+    name = next(iter(changes))
+    summary = json.loads((tmp_path / f"{NAME}.summary.json").read_text())
+    assert summary["provenance"] == PROVENANCE | {name: changes[name]}
+    assert len((tmp_path / f"{NAME}.jsonl").read_text().splitlines()) == 6
+
+
+@pytest.mark.parametrize("name", [f"{NAME}.summary.json", f"{NAME}.partial/settings.json"])
+@pytest.mark.parametrize("text", ["{}", "{", "[]", '{"provenance": {}}', "\xff"])
 def test_a_damaged_file_is_named(tmp_path, world, name, text):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=name):
+    (tmp_path / f"{NAME}.partial").mkdir()
+    (tmp_path / name).write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=name) as caught:
         open_results(tmp_path, world)
+    assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------- unusable media
+
+
+@pytest.mark.parametrize("stop_after", [None, 3], ids=["finished", "unfinished"])
+def test_items_without_media_are_tried_again(tmp_path, world, whole, stop_after):
+    """In whole batches, so that the bytes are those of a run that had all files."""
+    folder, asked = tmp_path / "run", []
+
+    def retry(answer):
+        def is_usable(rows):
+            asked.append(rows)
+            return answer
+
+        return is_usable
+
+    run(folder, world, stop_after, missing=[61, 40])
+    left = [3] if stop_after else []
+    assert run(folder, world, stop_after=0, retry=retry(False)) == []
+    assert run(folder, world, stop_after=1, retry=retry(True)) == [0]
+    assert run(folder, world, retry=retry(True)) == [2, *left]
+    assert asked == [{61, 40}, {61, 40}, {40}]
+    assert contents(folder) == whole
+    assert run(folder, world, retry=retry(True)) == []
+
+
+# ----------------------------------------------------------------------------------- several runs
 
 
 @pytest.mark.parametrize("finished", [False, True], ids=["nothing-there", "finished-before"])
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_two_runs_do_not_write_the_same_results(tmp_path, world, whole, finished, overwrite):
-    def start():
-        open_results(tmp_path, world, overwrite).begin()
-
+def test_two_runs_do_not_write_the_same_results(tmp_path, world, whole, finished):
+    changes = {"model_fingerprint": "m2"} if finished else {}
     if finished:
         run(tmp_path, world)
-    first = open_results(tmp_path, world, overwrite=True)
-    first.begin()
-    dealt = first.deal(BATCHES)
-    first.append(0, records(0))
-    with pytest.raises(ValueError, match=f"another run is writing to .*{NAME}.jsonl"):
-        start()
-    for number, _ in dealt[1:]:
-        first.append(number, records(number))
-    first.finish(lambda items: {"n": len(items)})
-    assert contents(tmp_path) == whole
-    assert run(tmp_path, world) == [], "nothing is held when all is finished"
+
+    def work(batches):
+        with pytest.raises(UserError, match=f"another run is writing to .*{NAME}.jsonl"):
+            run(tmp_path, world, **changes)
+        return [(number, batch) for number, batch in batches]
+
+    open_results(tmp_path, world, **changes).run(work, lambda records: {})
+    assert run(tmp_path, world, **changes) == [], "nothing is locked when all is finished"
 
 
-@pytest.mark.parametrize("stop_after", [None, 2], ids=["finished", "unfinished"])
-def test_what_another_run_wrote_since_the_first_look_is_no_state_to_go_on_from(
-    tmp_path, world, stop_after
-):
+def test_what_another_run_finished_since_the_first_look_is_taken_over(tmp_path, world, whole):
     late = open_results(tmp_path, world)
-    run(tmp_path, world, stop_after)
-    before = contents(tmp_path)
-    with pytest.raises(ValueError, match=f"written to .*{NAME}.jsonl since: start anew"):
-        late.begin()
-    late.lock.close()
-    assert {**contents(tmp_path), f".{NAME}.lock": b""} == {**before, f".{NAME}.lock": b""}
+    run(tmp_path, world)
+    late.run(lambda batches: iter(batches), lambda records: {"n": len(records)})
+    assert contents(tmp_path) == whole
 
 
-def test_a_lock_that_was_deleted_before_it_was_held_is_taken_anew(tmp_path, monkeypatch):
-    lock, flock = tmp_path / "lock", results.fcntl.flock
-    calls = []
-
-    def delete_first(file, kind):
-        flock(file, kind)
-        calls.append(kind)
-        if len(calls) == 1:
-            lock.unlink()
-
-    monkeypatch.setattr(results.fcntl, "flock", delete_first)
-    held = results.claim(lock, "it")
-    assert len(calls) == 2 and lock.exists()
-    monkeypatch.undo()
-    with pytest.raises(ValueError, match="another run is writing to it"):
-        results.claim(lock, "it")
-    held.close()
-    results.claim(lock, "it").close()
-
-
-def test_a_place_that_cannot_be_locked_is_named(tmp_path, world, monkeypatch):
+def test_a_folder_that_cannot_be_locked_is_named(tmp_path, world, monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(results.fcntl, "flock", refuse)
-    with pytest.raises(ValueError, match=f"{NAME}.jsonl cannot be locked: No locks available"):
-        open_results(tmp_path, world).begin()
-
-
-def test_results_of_names_that_begin_alike_are_apart(tmp_path, world):
-    run(tmp_path, world, stop_after=2)
-    other = Results(tmp_path, "test", PROVENANCE, world)
-    assert (other.finished, other.done) == (False, set())
-    other.begin()
-    other.deal(BATCHES[:1])
-    other.append(0, records(0))
-    other.finish(lambda items: {})
-    assert open_results(tmp_path, world).done == {0, 1}
+    with pytest.raises(UserError, match=f"{NAME}.jsonl cannot be locked: No locks available"):
+        run(tmp_path, world)
 
 
 @pytest.mark.parametrize(
@@ -317,31 +271,17 @@ def test_results_of_names_that_begin_alike_are_apart(tmp_path, world):
         pytest.param({0, 1, 2, 3}, True, [[], [], []], id="nothing-left"),
     ],
 )
-def test_batches_are_dealt_out_in_turns(tmp_path, world, done, in_step, expected):
-    found = open_results(tmp_path, world)
-    found.done = done
-    dealt = []
-    for rank in range(3):
-        found.world = dataclasses.replace(world, rank=rank, size=3)
-        dealt.append(found.deal(BATCHES, in_step))
-    assert [[number for number, _ in rank] for rank in dealt] == expected
-    for number, batch in (pair for rank in dealt for pair in rank):
+def test_batches_are_dealt_out_in_turns(done, in_step, expected):
+    dealt = [deal(BATCHES, done, rank, 3, in_step) for rank in range(3)]
+    assert [[number for number, _ in share] for share in dealt] == expected
+    for number, batch in (pair for share in dealt for pair in share):
         assert batch == ([] if number is None else BATCHES[number])
 
 
 def test_batches_that_no_rank_wrote_here_are_missed(tmp_path, world):
-    found = open_results(tmp_path, world)
-    found.begin()
-    found.deal(BATCHES)
-    found.append(0, records(0))
-    with pytest.raises(ValueError, match="lacks batches of other ranks"):
-        found.finish(lambda items: {})
+    with pytest.raises(UserError, match="lacks batches of other ranks"):
+        open_results(tmp_path, world).run(lambda batches: batches[:1], lambda records: {})
     assert not (tmp_path / f"{NAME}.jsonl").exists()
-
-
-def test_differences():
-    old, new = {"a": 1, "b": 2, "c": 3}, {"a": 1, "b": 5, "d": 4}
-    assert differences(old, new) == {"b": (2, 5), "c": (3, None), "d": (None, 4)}
 
 
 # ------------------------------------------------------------------------------------ fingerprints
@@ -353,9 +293,7 @@ def base(toy_folder, tmp_path):
     return tmp_path / "model"
 
 
-@pytest.mark.parametrize(
-    "file", ["model.safetensors", "config.json", "tokenizer.json", "generation_config.json"]
-)
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_a_fingerprint_feels_every_byte(base, file):
     before = fingerprint(str(base))
     content = bytearray((base / file).read_bytes())
