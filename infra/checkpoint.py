@@ -73,10 +73,10 @@ class Checkpoints:
     def __init__(self, folder: Path, world: World, keep_last: int, keep_best: str = ""):
         self.folder, self.world = folder, world
         self.keep_last, self.keep_best = keep_last, keep_best
-        # A group of its own: its collectives run beside those of the training.
+        # A group of its own: its collectives run beside those of training.
         self.group = dist.new_group(backend="gloo")
         self.stager = Stager()
-        # torch.save would hold the interpreter, and with it the training, for checksums of its own;
+        # torch.save would hold the interpreter, and with it training, for checksums of its own;
         # the manifest has one of every file.
         torch.serialization.set_crc32_options(False)
         self.finisher = ThreadPoolExecutor(1, "checkpoint")

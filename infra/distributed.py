@@ -110,6 +110,7 @@ def choose_device(cpu_fallback: bool = False) -> torch.device:
     # On H100 it is the default from torch 2.11 on. With a mask it can give NaN gradients (pytorch
     # issue 196678), and it compiles a plan for each new length: seconds in every rollout.
     torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cudnn.allow_tf32 = False  # which convolutions in float32 would use by default
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
     return device

@@ -1,4 +1,4 @@
-"""What test_distributed.py launches with torchrun: several short trainings in one process group.
+"""What test_distributed.py launches with torchrun: short training runs in one process group.
 
 usage: ranks.py OUT, in a folder that holds runs/toy/base and runs/toy/data
 """
@@ -60,7 +60,7 @@ def written_rollouts(policy, tokenizer, batch, config, step):
 
 
 def layouts(world_size):
-    """Ways to cut a step of 4 prompts: name and (prompts_per_rank, gradient_accumulation_steps,
+    """Ways to split a step of 4 prompts: name and (prompts_per_rank, gradient_accumulation_steps,
     tokens_per_micro_batch)."""
     per_rank = 4 // world_size
     cuts = {"whole": (per_rank, 1, 0), "budget": (per_rank, 1, BUDGET)}
@@ -70,7 +70,7 @@ def layouts(world_size):
 
 
 def same_losses(world):
-    """SFT and RL, on given rollouts, with each way to cut the same steps."""
+    """SFT and RL, on given rollouts, with each way to split the same steps."""
     sample_rollouts, train_rl.sample_rollouts = train_rl.sample_rollouts, written_rollouts
     for name, (per_rank, accumulation, budget) in layouts(world.size):
         cut = {"prompts_per_rank": per_rank, "gradient_accumulation_steps": accumulation}
@@ -170,7 +170,7 @@ def unusable_media(world):
 
     def make():
         folder.mkdir()
-        (folder / "garbage.mp4").write_bytes(b"not a clip" * 1000)
+        (folder / "garbage.mp4").write_bytes(b"not a video" * 1000)
         (folder / "empty.mp4").touch()
         (folder / "directory.mp4").mkdir()
         os.mkfifo(folder / "fifo.mp4")

@@ -238,12 +238,14 @@ def test_each_rank_takes_its_gpu_and_no_cudnn_attention(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    before = torch.backends.cuda.cudnn_sdp_enabled()
+    before, tf32 = torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cudnn.allow_tf32
     try:
         assert choose_device() == torch.device("cuda", 1)
         assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert not torch.backends.cudnn.allow_tf32
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
+        torch.backends.cudnn.allow_tf32 = tf32
     assert chosen == [torch.device("cuda", 1)]
 
 
