@@ -107,38 +107,28 @@ def require_room(prompt, num_new_tokens: int, config) -> None:
 
 @dataclass(frozen=True)
 class Segment:
-    """One group's part of the packed row.
+    """One group's part of the packed row. Tensors are None where it has no responses."""
 
-    start, length: of its prompt, in tokens.
-    slots: int64 (G, T), the row's index of every response token; padding points anywhere.
-    places: int64 (real tokens,), where the real ones are in slots.flatten(). None: no responses.
-    """
-
-    start: int
-    length: int
-    slots: Tensor | None = None
-    places: Tensor | None = None
+    start: int  # of its prompt in the row
+    length: int  # of its prompt, in tokens
+    slots: Tensor | None = None  # int64 (G, T), where each response token is; padding: anywhere
+    places: Tensor | None = None  # int64 (real tokens,), where slots.flatten() has no padding
 
 
 @dataclass(frozen=True)
 class Pack:
-    """The packed row of several groups.
-
-    vision_places: where the placeholders are. vision_features: the feature of each; prompts that
-    hold the same pixel_values (the tensor itself, as several questions on one video do) share their
-    features. sources, targets: for each response token the row's index that predicts it, and its
-    id.
-    """
+    """The packed row of several groups. Prompts that hold the same pixel_values (the tensor itself,
+    as several questions on one video do) share their vision features."""
 
     input_ids: Tensor  # int64 (N,)
     positions: Tensor  # int64 (3, N)
     segments: list[Segment]
-    vision_places: Tensor  # int64 (placeholders,)
-    vision_features: Tensor  # int64 (placeholders,)
+    vision_places: Tensor  # int64 (placeholders,), where they are in the row
+    vision_features: Tensor  # int64 (placeholders,), the feature of each
     pixel_values: Tensor  # float32 (patches, 1176)
     grid_thw: Tensor  # int64 (distinct pixel_values, 3)
-    sources: Tensor  # int64 (M,)
-    targets: Tensor  # int64 (M,)
+    sources: Tensor  # int64 (M,), where the hidden state is that predicts a response token
+    targets: Tensor  # int64 (M,), its id
 
     def to(self, device: torch.device) -> "Pack":
         segments = [_to(segment, device) for segment in self.segments]
@@ -241,15 +231,14 @@ def packed_attention(
     settings = {"scaling": scaling, "dropout": dropout, **kwargs}
     if segments is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
-    settings = {"scale": scaling, "dropout_p": dropout}
+    settings = {"scale": scaling, "dropout_p": dropout, "enable_gqa": True}
     outputs = []  # each (tokens, heads, head size)
     for segment in segments:
         prompt = slice(segment.start, segment.start + segment.length)
         prompt_key, prompt_value = key[:, :, prompt], value[:, :, prompt]
         output = scaled_dot_product_attention(
-            query[:, :, prompt], prompt_key, prompt_value, is_causal=True, enable_gqa=True,
-            **settings,
-        )  # fmt: skip
+            query[:, :, prompt], prompt_key, prompt_value, is_causal=True, **settings
+        )
         outputs.append(output[0].transpose(0, 1))
         if segment.slots is None:
             continue
@@ -411,12 +400,11 @@ def shard(
         trainable: False for a frozen reference.
         freeze_vision: the vision tower has neither gradients nor a part in the optimizer.
     """
-    precision, vision_precision = MixedPrecisionPolicy(), MixedPrecisionPolicy()
-    if world.dtype == torch.bfloat16:
-        kinds = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        precision = MixedPrecisionPolicy(**kinds)
-        # The vision blocks' rotary cos and sin come in float32 and must stay so.
-        vision_precision = MixedPrecisionPolicy(**kinds, cast_forward_inputs=False)
+    mixed = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
+    mixed = mixed if world.dtype == torch.bfloat16 else {}
+    # The vision blocks' rotary cos and sin come in float32 and must stay so.
+    vision_precision = MixedPrecisionPolicy(**mixed, cast_forward_inputs=False)
+    precision = MixedPrecisionPolicy(**mixed)
     # A mesh of two dimensions means copies of the shards (HSDP), which one copy does not need.
     mesh = world.mesh if world.mesh.size(0) > 1 else world.mesh["shards"]
     for block in model.model.visual.blocks:

@@ -166,7 +166,7 @@ def suffix_attention(query: Tensor, key: Tensor, value: Tensor, **settings) -> T
 
     Args:
         query: (G, heads, T, size). key, value: (G, key-value heads, S + T, size).
-        settings: further arguments of scaled_dot_product_attention.
+        settings: further arguments of scaled_dot_product_attention: scale, enable_gqa, ..
     Returns:
         (G, heads, T, size).
     """
@@ -175,9 +175,7 @@ def suffix_attention(query: Tensor, key: Tensor, value: Tensor, **settings) -> T
         mask = causal_lower_right(num_new, num_all)
     else:
         mask = query.new_ones(num_new, num_all, dtype=torch.bool).tril(num_all - num_new)
-    return scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, enable_gqa=True, **settings
-    )
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, **settings)
 
 
 # ------------------------------------------------------------------------------------- drawing

@@ -1,5 +1,7 @@
 """Each hand-made kernel against its plain definition: values and gradients."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.nn.attention.bias import causal_lower_right
@@ -136,7 +138,8 @@ def test_attention_with_and_without_a_mask(num_prompt, num_new):
         )
 
     results = []
-    for function in (by_hand, unmasked, lambda *states: suffix_attention(*states, scale=0.3)):
+    ours = partial(suffix_attention, scale=0.3, enable_gqa=True)
+    for function in (by_hand, unmasked, ours):
         states = leaves()
         output = function(*states)
         output.backward(torch.randn(output.shape, generator=rng(9)))
