@@ -8,10 +8,10 @@
     free-form        average of ROUGE-1, -2, -L    mean F-measure, words lower-cased and stemmed
     regression       one minus relative error      1 - |p - g| / |g|, clipped to [0, 1]
 
-Every function here takes any response (empty, huge, malformed) and returns a defined value in a
-time that grows linearly with it. Solutions that no answer can match are found by a loader through
-`check_solution`, before training. A response without a complete answer pair
-scores 0. Departures from the official code are marked "Official code:" where they occur.
+Every function takes any response (empty, huge, malformed) and returns a defined value in time
+linear in its length. A response without a complete answer pair scores 0. Solutions that no answer
+can match are found before training, by `check_solution`. Departures from the official code are
+marked "Official code:" where they occur.
 """
 
 import functools
@@ -26,18 +26,18 @@ from rouge_score import rouge_scorer, tokenizers
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
-# WER and ROUGE-L compare each word of one text with each of the other, so both texts are cut: WER
-# reads MAX_WER_CHARS (at most 10,000 words: 0.01 s), ROUGE reads MAX_ROUGE_WORDS, since its table
-# is made of Python lists (512 words: 0.05 s; 4000: 2 s). A response has at most 768 tokens
-# (App. D), its thought included, so its answer is hardly ever longer.
+# WER and ROUGE-L take quadratic time, so both texts are truncated: WER reads MAX_WER_CHARS (at most
+# 10,000 words: 0.01 s), ROUGE reads MAX_ROUGE_WORDS (its table is pure Python; 512 words: 0.05 s;
+# 4000: 2 s). A response has at most 768 tokens (App. D), its reasoning included, so its answer is
+# hardly ever longer.
 MAX_WER_CHARS = 20_000
 MAX_ROUGE_WORDS = 512
-MAX_STEM_LETTERS = 64  # no English word is longer; old nltk recurses once per "y" of a run
+MAX_STEM_LETTERS = 64  # no English word is longer; old nltk recurses per "y" of a run
 
 CHOICE = re.compile(r"\(([A-Za-z])\)|\[([A-Za-z])\]|([A-Za-z])(?=[.):]|\Z)")
 
-# sign, whole part (commas between groups of three or not at all), fraction, exponent. ASCII digits
-# only. 18 digits of exponent fit an int64; a longer one names no quantity.
+# sign, integer part (commas between groups of three or none), fraction, exponent. ASCII only.
+# 18 digits of exponent fit an int64.
 NUMBER = re.compile(
     r"([+-]?)(?=\.?[0-9])([0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?:\.([0-9]*))?"
     r"(?:[eE]([+-]?[0-9]{1,18}))?"
@@ -47,8 +47,8 @@ NUMBER = re.compile(
 def extract_answer(response: str) -> str | None:
     """Text of the last complete <answer>..</answer> pair, stripped; None if there is none.
 
-    The pair runs from the last <answer> that is closed to the first </answer> after it, so of
-    nested pairs the innermost counts. Official code: takes the first pair, and "" for none.
+    The pair runs from the last <answer> that is closed to the first </answer> after it: of nested
+    pairs the innermost counts. Official code: the first pair, and "" for none.
 
     >>> extract_answer("<answer>A</answer> no: <answer> B </answer> or <answer>C")
     'B'
@@ -61,9 +61,10 @@ def extract_answer(response: str) -> str | None:
 
 
 def format_reward(response: str) -> float:
-    """1.0 iff the stripped response is <think>..</think>, white space or none, <answer>..</answer>.
+    """1.0 iff the stripped response is <think>..</think><answer>..</answer>, else 0.0.
 
-    Each tag appears exactly once. Section 3.2: r_i is correctness reward plus format reward.
+    White space may separate the two; each tag must appear exactly once. Section 3.2: r_i is
+    correctness reward plus format reward.
 
     >>> format_reward("<think>It turns left.</think><answer>B</answer>")
     1.0
@@ -80,11 +81,11 @@ def accuracy_reward(response: str, solution: str, problem_type: str) -> float:
     """Correctness reward in [0, 1] of a response by the rule of its problem type (table above).
 
     Args:
-        response: the model's whole text; only its last answer pair is scored.
+        response: the model's full text; only its last answer pair is scored.
         solution: the reference, "<answer>B</answer>" or just "B".
         problem_type: one of the five names, in any letter case.
     Returns:
-        0 also where the solution itself can never be scored: check_solution finds such rows.
+        0 also where the solution itself cannot be scored: check_solution finds such rows.
     Raises:
         ValueError: the problem type is unknown.
 
@@ -102,7 +103,7 @@ def accuracy_reward(response: str, solution: str, problem_type: str) -> float:
 def check_solution(solution: str, problem_type: str) -> None:
     """Raise ValueError if the type is unknown or no answer could ever match the solution.
 
-    For loaders: with such a row every reward would be 0, which looks like a model that fails.
+    Such a row would give every response 0, which looks like a model that fails.
     """
     rule = _rule(problem_type)
     if _reference(rule, solution) is None:
@@ -112,10 +113,10 @@ def check_solution(solution: str, problem_type: str) -> None:
 
 
 def parse_choice(text: str) -> str | None:
-    """The option letter that a text starts with, upper-case, or None.
+    """The option letter that a text starts with, in upper case, or None.
 
-    One ASCII letter in () or [], or one that the end or one of ".):" follows. The rest is not
-    searched, or "Both A and B" would name an option. Official code: equality of the whole texts.
+    One ASCII letter in () or [], or one followed by the end or one of ".):". The rest is not
+    searched: "Both A and B" names no option. Official code: equality of the full texts.
 
     >>> [parse_choice(text) for text in ("B", "b.", "(b)", "B) left", "A or B", "AB", "Bat")]
     ['B', 'B', 'B', 'B', None, None, None]
@@ -127,9 +128,9 @@ def parse_choice(text: str) -> str | None:
 def parse_decimal(text: str) -> tuple[int, str, int] | None:
     """(sign, digits, exponent) with value sign * digits * 10**exponent, or None for no number.
 
-    Equal numbers have equal triples: digits without zeros at either end, and 0 is (0, "0", 0). So
-    the comparison is exact, and "1e999999999" costs nothing. "5." and ".5" are numbers; "1_000",
-    "nan", "50%", "12 m" and digits of other scripts are not.
+    Equal numbers have equal triples (digits without zeros at either end; 0 is (0, "0", 0)), so
+    the comparison is exact and "1e999999999" is cheap. "5." and ".5" are numbers; "1_000", "nan",
+    "50%", "12 m" and digits of other scripts are not.
 
     >>> parse_decimal("-1,234.50e-3"), parse_decimal("1e3") == parse_decimal("1000.0")
     ((-1, '12345', -4), True)
@@ -147,7 +148,7 @@ def parse_decimal(text: str) -> tuple[int, str, int] | None:
 
 
 def parse_float(text: str) -> float | None:
-    """A number of the same grammar as a float; None for no number or one beyond float's range.
+    """A number of parse_decimal's grammar as a float; None if it is none or overflows.
 
     >>> parse_float("1,250.5"), parse_float("1e999"), parse_float("12 m")
     (1250.5, None, None)
@@ -161,38 +162,38 @@ def parse_float(text: str) -> float | None:
 
 
 def _equality(answer: Any, reference: Any) -> float:
-    """The paper: "exactly matches". Official code: numbers are rounded to two decimals, and differ
-    if only one of the two texts has a point or a comma."""
+    """The paper: "exactly matches". Official code: rounds numbers to two decimals, and calls them
+    different if only one of the texts has a point or a comma."""
     return float(answer == reference)
 
 
 def _one_minus_wer(answer: list[str], reference: list[str]) -> float:
-    """Words are what any white space separates, as in the official code; jiwer wants blanks."""
+    """Any white space separates words, as in the official code; jiwer itself splits at blanks."""
     if not reference:  # WER divides by its number of words; older jiwer raises
         return float(not answer)
     return max(0.0, 1.0 - jiwer.wer(" ".join(reference), " ".join(answer)))
 
 
 def _mean_rouge(answer: str, reference: str) -> float:
-    """Two equal texts of one word score 2/3: they have no pair of words for ROUGE-2."""
+    """Two equal texts of one word score 2/3: they have no bigram for ROUGE-2."""
     scores = _rouge_scorer().score(reference, answer)
     return sum(score.fmeasure for score in scores.values()) / len(scores)
 
 
 def _one_minus_relative_error(answer: float, reference: float) -> float:
-    """A reference of 0 wants a 0. Official code: adds 1e-9 to both terms of the fraction."""
+    """A reference of 0 requires a 0. Official code: adds 1e-9 to numerator and denominator."""
     if reference == 0:
         return float(answer == 0)
     return max(0.0, 1.0 - abs(answer - reference) / abs(reference))
 
 
 class _Tokenizer(tokenizers.Tokenizer):
-    """rouge-score's default tokenizer, stemmed, for every alphabet.
+    """rouge-score's default tokenizer, with stemming, for every script.
 
-    On ASCII text the two agree token for token. Official code: the default, which drops all but
-    a-z and digits, so that no two Chinese texts have anything in common. Here words are made of the
-    letters, marks and digits of any script, and each wide character (Chinese, Japanese, Korean) is
-    a word of its own, since it is written without blanks.
+    On ASCII text the two agree token for token. Official code: the default, which drops everything
+    but a-z and digits, so that any two Chinese texts score 0. Here a word consists of letters,
+    marks and digits of any script, and each wide character (Chinese, Japanese, Korean) is a word of
+    its own, since these are written without blanks.
     """
 
     def __init__(self) -> None:
@@ -215,7 +216,7 @@ def _rouge_scorer() -> rouge_scorer.RougeScorer:
 
 
 class _Rule(NamedTuple):
-    parse: Callable[[str], Any]  # text to what is compared; None: this text is no such answer
+    parse: Callable[[str], Any]  # text to what is compared; None: not an answer of this type
     score: Callable[[Any, Any], float]  # (answer, reference), both parsed
     needs: str  # what a solution must be, for the message to the user
 
@@ -239,6 +240,6 @@ def _rule(problem_type: str) -> _Rule:
 
 
 def _reference(rule: _Rule, solution: str) -> Any:
-    """What a solution, with or without tags, is to be compared with; None: nothing."""
+    """A solution, with or without tags, parsed; None: nothing can match it."""
     tagged = extract_answer(solution)
     return rule.parse(solution.strip() if tagged is None else tagged)

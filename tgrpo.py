@@ -12,22 +12,22 @@ r"""The mathematics of T-GRPO: Sections 3.2 and 3.3 of the Video-R1 paper. Tenso
     R_i         rewards            -         Eq. 2, Eq. 5
     A_i         advantages         -         Eq. 3
     pi_theta    logp               -         Eq. 4, log-probabilities of the policy being trained
-    pi_old      logp_old           -         Eq. 4, of the policy that wrote the responses
+    pi_old      logp_old           -         Eq. 4, of the policy that sampled the responses
     pi_ref      logp_ref           -         Eq. 4, of the frozen reference
     epsilon     clip_eps           0.2       Eq. 4; the paper gives no value, this is GRPO's default
     beta        beta               0.04      Eq. 4, App. D
     omega       omega              0.2       Sec. 3.3, Eq. 5
     l_min/max   l_min, l_max       320, 512  Sec. 3.3, Eq. 5, tokens, both ends included
 
-Shapes: G responses in a group, T token positions (right-padded). No function edits its input.
-Only the ordered responses have rewards and advantages; the shuffled ones exist for p~ alone.
+Shapes: G responses in a group, T token positions (right-padded). No function modifies its input.
+Only the ordered responses have rewards and advantages; the shuffled ones serve p~ alone.
 """
 
 import torch
 from torch import Tensor
 
-# Rewards closer than this are one value: eight equal float32 numbers have a standard deviation
-# of 1e-7 rather than 0, and dividing by it would turn rounding into advantages of size 1.
+# Rewards closer than this are equal: eight equal float32 numbers have a standard deviation of 1e-7
+# rather than 0, and dividing by it would turn rounding errors into advantages of size 1.
 NO_SPREAD = 1e-6
 
 
@@ -41,14 +41,14 @@ def temporal_reward(correct: Tensor, correct_shuffled: Tensor, alpha: float = 0.
         correct: bool (G,), which ordered responses are correct.
         correct_shuffled: bool (G~,), which shuffled responses are correct.
     Raises:
-        ValueError: a group is empty, so that its proportion is not defined.
+        ValueError: a group is empty, so its proportion is undefined.
 
     >>> temporal_reward(torch.tensor([1, 1, 0, 0]).bool(), torch.tensor([1, 0]).bool())
     0.3
     """
     if correct.numel() == 0 or correct_shuffled.numel() == 0:
         raise ValueError("Eq. 1 needs at least one ordered and one shuffled response")
-    # p >= p~ with the denominators multiplied out: whole numbers compare exactly.
+    # p >= p~ with the denominators multiplied out: integers compare exactly.
     right = int(correct.bool().sum()) * correct_shuffled.numel()
     right_shuffled = int(correct_shuffled.bool().sum()) * correct.numel()
     return float(alpha) if right >= right_shuffled else 0.0
@@ -94,8 +94,8 @@ def group_advantages(rewards: Tensor) -> Tensor:
     """Eq. 3: A_i = (R_i - mean) / std over each group; the last dimension is the group.
 
     std is the sample standard deviation (n - 1), as in the official code, but without its 1e-4
-    in the denominator, which is not in the equation. A group without spread (max - min < 1e-6,
-    one response included) has nothing to prefer: its advantages are 0.
+    in the denominator, which is not in the equation. A group without spread (max - min < 1e-6, a
+    single response included) has advantages 0.
 
     Args:
         rewards: float (..., G).
@@ -110,15 +110,34 @@ def group_advantages(rewards: Tensor) -> Tensor:
     centred = rewards - rewards.mean(-1, keepdim=True)  # (..., G)
     variance = centred.square().sum(-1, keepdim=True) / max(rewards.shape[-1] - 1, 1)
     flat = spread < NO_SPREAD
-    # The inner where keeps 0 / 0 out of the branch that is not taken.
+    # The inner where keeps 0 / 0 out of the branch not taken.
     return torch.where(flat, 0.0, centred / torch.where(flat, 1.0, variance.sqrt()))
+
+
+def temporal_effect(advantages: Tensor, advantages_without: Tensor) -> Tensor:
+    """How far r_t moved each response's advantage: |A_i - A_i(without r_t)|.
+
+    0 for all responses means that T-GRPO is plain GRPO here. It is so wherever r_t moves the upper
+    one of only two reward values, since Eq. 3 divides by the spread: binary correctness, all with
+    the format (Video-R1 issue 51). r_t acts where format, length or partial credit vary too.
+
+    Args:
+        advantages, advantages_without: float (..., G), Eq. 3 with r_t and without it.
+    Returns:
+        float (..., G).
+
+    >>> without, with_r_t = torch.tensor([[2.0, 1.0], [2.3, 1.0]])
+    >>> temporal_effect(group_advantages(with_r_t), group_advantages(without)).max() < 1e-6
+    tensor(True)
+    """
+    return (advantages - advantages_without).abs()
 
 
 def kl_divergence(logp: Tensor, logp_ref: Tensor) -> Tensor:
     """D_KL(pi_theta || pi_ref) of Eq. 4, per token: exp(d) - d - 1 with d = logp_ref - logp.
 
-    DeepSeekMath's unbiased estimator ("k3"), never negative, 0 where the two agree. The official
-    code clamps d to +-10; the paper does not, nor do we.
+    DeepSeekMath's unbiased estimator ("k3"): never negative, 0 where the two agree. Official code:
+    clamps d to +-10.
 
     Args:
         logp, logp_ref: float, any shape, the same for both.
@@ -155,7 +174,7 @@ def tgrpo_loss(
     Returns:
         loss: scalar. A response without tokens adds 0 and still counts in G.
         metrics: detached scalars. kl: the mean over the group of each response's token-mean KL;
-            clip_fraction: share of ratios at which the clip took the gradient away.
+            clip_fraction: share of ratios whose gradient the clip removed.
     Raises:
         ValueError: an unknown level.
     """
@@ -163,8 +182,8 @@ def tgrpo_loss(
         raise ValueError(f"level must be 'token' or 'sequence', not {level!r}")
     mask = completion_mask.bool()  # (G, T)
     lengths = mask.sum(-1).clamp(min=1)  # (G,), at least 1: an empty response is 0 / 1
-    # Padding may hold any number. It is replaced before the arithmetic, since 0 * inf is nan in
-    # the value as in the gradient.
+    # Padding may hold any number. It is replaced before the arithmetic, since 0 * inf is nan, in
+    # the gradient too.
     logp, logp_old, logp_ref = (
         torch.where(mask, x, 0.0) for x in (logp, logp_old.detach(), logp_ref.detach())
     )
@@ -175,7 +194,7 @@ def tgrpo_loss(
         log_ratio, mask = log_ratio.sum(-1, keepdim=True), mask.any(-1, keepdim=True)  # (G, 1)
         lengths = torch.ones_like(lengths)
     advantages = advantages.detach().to(logp.dtype).unsqueeze(-1)  # (G, 1)
-    # exp overflows float32 at 88.7, far beyond any clip, and inf would make nan of a gradient of 0.
+    # exp overflows float32 at 88.7, far beyond any clip, and inf would make a gradient of 0 nan.
     ratio = log_ratio.clamp(max=80).exp()  # (G, T) or (G, 1)
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages

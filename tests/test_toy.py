@@ -86,12 +86,12 @@ def test_another_seed_gives_other_data_and_weights(tmp_path, monkeypatch):
     first, second = contents(tmp_path / "0"), contents(tmp_path / "1")
     for name in ("data/sft.json", "data/rl.json", "data/test.json", "base/model.safetensors"):
         assert first[name] != second[name]
-    clips = {name for name in first.keys() & second.keys() if name.endswith(".y4m")}
-    assert len(clips) > 40
-    assert all(first[name] != second[name] for name in clips)
+    videos = {name for name in first.keys() & second.keys() if name.endswith(".y4m")}
+    assert len(videos) > 40
+    assert all(first[name] != second[name] for name in videos)
     assert first["base/tokenizer.json"] == second["base/tokenizer.json"]  # checkpoints fit both
-    for clip in {Path(name).name for name in clips}:  # nor is one split a copy of another
-        shown = [first[name] for name in clips if Path(name).name == clip]
+    for video in {Path(name).name for name in videos}:  # nor is one split a copy of another
+        shown = [first[name] for name in videos if Path(name).name == video]
         assert len(set(shown)) == len(shown)
 
 
@@ -185,11 +185,11 @@ def test_split_has_all_types_and_is_mostly_multiple_choice(splits, name):
 
 
 def test_test_set_has_200_video_choices(splits):
-    clips = [sample for sample in splits["test"] if sample.is_video and is_choice(sample)]
-    assert len(clips) >= 200
-    answers = Counter(answer_of(sample) for sample in clips)
+    videos = [sample for sample in splits["test"] if sample.is_video and is_choice(sample)]
+    assert len(videos) >= 200
+    answers = Counter(answer_of(sample) for sample in videos)
     assert set(answers) == set("ABCD")
-    assert max(answers.values()) < 0.35 * len(clips)  # no letter pays when it is always given
+    assert max(answers.values()) < 0.35 * len(videos)  # no letter pays when it is always given
 
 
 def test_each_option_text_has_one_letter(splits):
@@ -206,12 +206,12 @@ def test_each_option_text_has_one_letter(splits):
     assert all(len(labels) == 1 for labels in letters.values())
 
 
-def test_no_clip_of_the_test_set_is_trained_on(splits):
-    def clips(*names):
+def test_no_video_of_the_test_set_is_trained_on(splits):
+    def videos(*names):
         return {Path(sample.path).read_bytes()
                 for name in names for sample in splits[name] if sample.is_video}  # fmt: skip
 
-    assert not clips("test") & clips("sft", "rl")
+    assert not videos("test") & videos("sft", "rl")
 
 
 def test_every_sft_response_survives_the_tokenizer_and_earns_all(splits, tokenizer):
@@ -288,15 +288,8 @@ def test_the_square_moves_as_the_answer_says(splits, name):
         assert answer_of(sample) == expected
 
 
-def test_the_reasoning_says_where_the_square_comes_from(splits):
-    origins = {"left": "right to left", "right": "left to right", "up": "bottom to top",
-               "down": "top to bottom"}  # fmt: skip
-    for sample in of_kind(splits["sft"], "direction"):
-        assert f"from {origins[chosen_text(sample)]}." in sample.process
-
-
 @pytest.mark.parametrize("name", NAMES)
-def test_pictures_show_what_the_answer_says(splits, name):
+def test_images_show_what_the_answer_says(splits, name):
     counts, widths = of_kind(splits[name], "count"), of_kind(splits[name], "width")
     colours, words = of_kind(splits[name], "colour"), of_kind(splits[name], "word")
     assert min(map(len, (counts, widths, colours, words))) >= 10
@@ -307,13 +300,13 @@ def test_pictures_show_what_the_answer_says(splits, name):
         (mask,) = bright(data.read_image(sample.path))
         assert mask.any(0).sum() == mask.any(1).sum() == int(answer_of(sample))
     for sample in colours:
-        (picture,) = data.read_image(sample.path)
-        assert colour_of(picture) == chosen_text(sample)
+        (image,) = data.read_image(sample.path)
+        assert colour_of(image) == chosen_text(sample)
     widths_of_words = {}
     for sample in words:
         (mask,) = bright(data.read_image(sample.path))
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        assert 0 < rows[0] <= rows[-1] < toy.SIDE - 1  # whole within the picture
+        assert 0 < rows[0] <= rows[-1] < toy.SIDE - 1  # whole within the image
         assert 0 < columns[0] <= columns[-1] < toy.SIDE - 1
         size = columns[-1] - columns[0]
         widths_of_words.setdefault(answer_of(sample), set()).add(int(size))
@@ -331,33 +324,6 @@ def test_model_folder_opens_whole(model_and_report):
     assert sum(parameter.numel() for parameter in model.parameters()) < 2_000_000
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-
-
-def test_weights_have_the_hubs_names(folder):
-    from safetensors import safe_open
-
-    with safe_open(folder / "base/model.safetensors", "pt") as weights:
-        names = set(weights.keys())
-        assert weights.metadata() == {"format": "pt"}
-    assert {"lm_head.weight", "model.embed_tokens.weight", "visual.patch_embed.proj.weight"} < names
-    assert {name.split(".")[0] for name in names} == {"visual", "model", "lm_head"}
-    assert not any(name.startswith(("model.visual", "model.language_model")) for name in names)
-
-
-def test_model_reads_a_prompt_and_generates(splits, tokenizer, model_and_report):
-    model, _ = model_and_report
-    clip = of_kind(splits["test"], "direction")[0]
-    prompt = data.make_prompt(clip, tokenizer)
-    kinds = (prompt.input_ids == model.config.video_token_id).int()[None] * 2
-    with torch.no_grad():
-        logits = model(
-            input_ids=prompt.input_ids[None], pixel_values_videos=prompt.pixel_values,
-            video_grid_thw=prompt.grid_thw[None], mm_token_type_ids=kinds,
-            second_per_grid_ts=torch.tensor([prompt.seconds_per_grid]),
-        ).logits  # (1, S, V)  # fmt: skip
-    assert logits.shape == (1, len(prompt.input_ids), len(tokenizer))
-    assert logits.isfinite().all()
-    assert logits[0, -1].std() > 1e-3
 
 
 def test_ids_of_config_and_tokenizer_agree(folder, tokenizer):

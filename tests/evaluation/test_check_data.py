@@ -140,14 +140,6 @@ def test_a_file_with_every_fault(folder, capsys):
     assert report.endswith("\n\n6 of 11 rows would be used\n")
 
 
-def test_without_faults_the_exit_code_is_0(folder, capsys):
-    good = [row for number, row in enumerate(ROWS) if number in (0, 1, 2, 3, 9, 10)]
-    code, report, errors = check(capsys, write(folder / "good.json", good), "--decode", "all")
-    assert (code, errors) == (0, [])
-    assert "Rows that cannot be used: 0\n" in report
-    assert report.endswith("\n6 of 6 rows would be used\n")
-
-
 def test_as_a_process(folder):
     command = [sys.executable, str(ROOT / "data.py"), "rows.json"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
@@ -272,19 +264,6 @@ def test_sources_where_the_root_holds_or_is_an_official_folder(tmp_path, root):
 
 
 # ------------------------------------------------------------------------------------------- files
-
-
-def test_empty_files_and_folders_are_missing(folder, capsys):
-    (folder / "own/empty.png").touch()
-    (folder / "own/folder.png").mkdir()
-    paths = ["own/b.png", "own/empty.png", "own/folder.png", "own/empty.png"]
-    rows = [{**ROW, "path": path, "data_source": "own"} for path in paths]
-    code, report, _ = check(capsys, write(folder / "own.json", rows))
-    assert code == 1
-    assert "Files that are missing: 2 of 3\n  own: 2\n" in report
-    assert "empty.png: empty, zero bytes" in report
-    assert "folder.png: a directory" in report
-    assert report.endswith("\n1 of 4 rows would be used\n")
 
 
 class CountingPool:
@@ -538,12 +517,3 @@ def test_a_wrong_command_line_is_one_line(folder, capsys, monkeypatch, argv, wor
     code, report, errors = check(capsys, *argv)
     assert (code, report, len(errors)) == (2, "", 1)
     assert [word for word in words if word not in errors[0]] == []
-
-
-def test_a_template_with_a_vision_token_is_one_line(folder, model, capsys):
-    template = folder / "template.txt"
-    template.write_text("<|image_pad|> {question}")
-    argv = ["--model", model, "--prompt_template", template]
-    code, _, errors = check(capsys, folder / "rows.json", *argv)
-    assert (code, len(errors)) == (2, 1)
-    assert "its prompt must hold one" in errors[0]
