@@ -1,26 +1,27 @@
-"""answering.py: fixed batches, clips decoded and looked at once, and what cannot be used."""
+"""answering.py: fixed batches, shared frames and vision features, unusable samples, scores."""
 
 import dataclasses
-import json
 
 import plain
 import pytest
 import torch
 
 import data
+from config import MediaConfig
 from data import Sample, load_samples, make_prompt
 from evaluation import answering
 from evaluation.answering import (
     Answer,
     AnswerSettings,
-    _blank_prompt,
     _decode_ahead,
+    _dummy_prompt,
     answer,
+    any_decodes,
     fixed_batches,
     item_record,
     score_item,
+    summarise,
 )
-from evaluation.scores import VSI_TASKS, score_benchmark
 from infra.video import DecoderPool
 from model import group_logprobs, load_model, load_tokenizer, pack_groups
 from sampling import Rollout, draw_tokens, sample_groups
@@ -59,12 +60,10 @@ def make_sample(row, path="x.mp4", **changes):
 @pytest.mark.parametrize(
     "paths, batch_size, expected",
     [
-        pytest.param("abcd", 2, [[0, 1], [2, 3]], id="one-question-each"),
         pytest.param("abcde", 2, [[0, 1], [2, 3], [4]], id="the-last-is-smaller"),
-        pytest.param("abab", 2, [[0, 2], [1, 3]], id="questions-of-a-clip-meet"),
-        pytest.param("abbaa", 3, [[0, 3, 4], [1, 2]], id="clips-by-first-appearance"),
-        pytest.param("aaaaa", 2, [[0, 1], [2, 3], [4]], id="a-clip-over-several-batches"),
-        pytest.param("ab", 9, [[0, 1]], id="one-batch"),
+        pytest.param("abab", 2, [[0, 2], [1, 3]], id="questions-on-a-video-meet"),
+        pytest.param("abbaa", 3, [[0, 3, 4], [1, 2]], id="videos-by-first-appearance"),
+        pytest.param("aaaaa", 2, [[0, 1], [2, 3], [4]], id="a-video-over-several-batches"),
     ],
 )
 def test_fixed_batches(paths, batch_size, expected):
@@ -73,7 +72,7 @@ def test_fixed_batches(paths, batch_size, expected):
     assert [[sample.row for sample in batch] for batch in batches] == expected
 
 
-def test_a_picture_and_a_clip_of_one_path_are_two():
+def test_an_image_and_a_video_of_one_path_are_two():
     """A .gif may be asked for as either."""
     kinds = ["video", "image", "video"]
     batches = fixed_batches([make_sample(n, data_type=kind) for n, kind in enumerate(kinds)], 2)
@@ -91,23 +90,16 @@ class Asked:
         return object()
 
 
-def test_clips_are_decoded_once_and_two_batches_ahead():
+def test_videos_are_decoded_once_and_two_batches_ahead():
     samples = [make_sample(row, path) for row, path in enumerate("aabcccdeef")]
     batches = list(enumerate(fixed_batches(samples, 2)))  # aa bc cc de ef
     pool, seen = Asked(), []
     for number, _, frames in _decode_ahead(batches, pool, LIMITS):
-        seen.append((number, "".join(pool.paths), [path for _, path in frames]))
+        seen.append((number, "".join(pool.paths), "".join(path for _, path in frames)))
     assert seen == [
-        (0, "abc", ["a"]), (1, "abcde", ["b", "c"]), (2, "abcdef", ["c"]),
-        (3, "abcdef", ["d", "e"]), (4, "abcdef", ["e", "f"]),
+        (0, "abc", "abc"), (1, "abcde", "bcde"), (2, "abcdef", "cdef"), (3, "abcdef", "def"),
+        (4, "abcdef", "ef"),
     ]  # fmt: skip
-
-
-def test_neighbouring_batches_share_the_frames_themselves():
-    samples = [make_sample(row, path) for row, path in enumerate("abbbbb")]
-    batches = list(enumerate(fixed_batches(samples, 2)))
-    found = [frames["video", "b"] for _, _, frames in _decode_ahead(batches, Asked(), LIMITS)]
-    assert len(set(map(id, found))) == 1
 
 
 # ------------------------------------------------------------------------------ shared vision
@@ -115,17 +107,17 @@ def test_neighbouring_batches_share_the_frames_themselves():
 
 @pytest.fixture(scope="module")
 def questions(toy_folder, tokenizer):
-    """Two questions on one clip, one on a picture, a third on the clip: four Prompts."""
+    """Two questions on one video, one on an image, a third on the video: four Prompts."""
     samples = load_samples(toy_folder / "runs/toy/data/rl.json")
-    clip = next(sample for sample in samples if sample.is_video)
-    picture = next(sample for sample in samples if not sample.is_video)
+    video = next(sample for sample in samples if sample.is_video)
+    image = next(sample for sample in samples if not sample.is_video)
     texts = ["What happens in the video?", "Which way does it go, and where does it stop?"]
-    asked = [dataclasses.replace(clip, problem=text, options=()) for text in texts]
-    return [make_prompt(sample, tokenizer) for sample in [*asked, picture, clip]]
+    asked = [dataclasses.replace(video, problem=text, options=()) for text in texts]
+    return [make_prompt(sample, tokenizer) for sample in [*asked, image, video]]
 
 
 def shared(prompts):
-    """The same prompts, those on the clip holding one tensor."""
+    """The same prompts, those on the video holding one tensor."""
     pixels = prompts[0].pixel_values
     return [
         dataclasses.replace(prompt, pixel_values=pixels) if prompt.is_video else prompt
@@ -133,14 +125,12 @@ def shared(prompts):
     ]
 
 
-def test_prompts_on_one_clip_are_looked_at_once(questions):
+def test_a_video_of_several_prompts_is_encoded_once(questions):
     pack = pack_groups(shared(questions), [[] for _ in questions])
-    assert len(pack.grid_thw) == 2
+    video, image = questions[0].pixel_values, questions[2].pixel_values
+    assert torch.equal(pack.pixel_values, torch.cat([video, image]))
     apart = pack_groups(questions, [[] for _ in questions])
-    assert len(apart.grid_thw) == 4
     assert torch.equal(pack.vision_places, apart.vision_places)
-    clip, picture = questions[0].pixel_values, questions[2].pixel_values
-    assert torch.equal(pack.pixel_values, torch.cat([clip, picture]))
 
 
 def test_shared_vision_gives_each_prompt_its_own_logits(model, questions):
@@ -201,20 +191,20 @@ def test_a_nucleus_of_one_token_is_drawn_without_sorting(temperature, top_p):
 
 @pytest.fixture(scope="module")
 def samples(toy_folder):
-    """Seven samples: a clip with three questions, a file that is not there, and three rows that
+    """Seven samples: a video with three questions, a file that is not there, and three rows that
     cannot be used."""
     rows = load_samples(toy_folder / "runs/toy/data/rl.json")
-    clip = next(sample for sample in rows if sample.is_video)
-    picture = next(sample for sample in rows if not sample.is_video)
+    video = next(sample for sample in rows if sample.is_video)
+    image = next(sample for sample in rows if not sample.is_video)
     choice = {"problem_type": "multiple choice", "options": ("A. left", "B. right")}
     rows = [
-        clip,
-        dataclasses.replace(picture, path="/none.png"),
-        dataclasses.replace(clip, problem="Where does it go?"),
-        dataclasses.replace(clip, **choice, solution="left"),
-        dataclasses.replace(clip, problem="What is <|video_pad|>?"),
-        picture,
-        dataclasses.replace(clip, problem="word " * 5000),
+        video,
+        dataclasses.replace(image, path="/none.png"),
+        dataclasses.replace(video, problem="Where does it go?"),
+        dataclasses.replace(video, **choice, solution="left"),
+        dataclasses.replace(video, problem="What is <|video_pad|>?"),
+        image,
+        dataclasses.replace(video, problem="word " * 5000),
     ]
     return [dataclasses.replace(row, row=number) for number, row in enumerate(rows)]
 
@@ -241,6 +231,7 @@ def test_answers_and_what_cannot_be_used(model, tokenizer, samples, monkeypatch)
         if row in reasons:
             assert one.rollout is None
             assert reasons[row] in one.error
+            assert one.is_media_error == (row == 1)
         else:
             assert one.error is None
             assert len(one.rollout.texts) == 1
@@ -278,7 +269,7 @@ def test_several_responses_differ_and_do_not_depend_on_the_batch(model, tokenize
         assert len(set(one.rollout.texts)) == 4
 
 
-def test_a_batch_of_nothing_usable_and_an_empty_one_ask_nothing(
+def test_batches_without_a_usable_sample_ask_nothing(
     tokenizer, model, samples, monkeypatch
 ):
     monkeypatch.setattr(answering, "sample_groups", None)
@@ -288,11 +279,30 @@ def test_a_batch_of_nothing_usable_and_an_empty_one_ask_nothing(
     assert all(one.error for _, answers in found for one in answers)
 
 
-def test_the_blank_prompt_runs(model, tokenizer):
-    prompt = _blank_prompt(tokenizer, {})
+def test_the_dummy_prompt_runs(model, tokenizer):
+    prompt = _dummy_prompt(tokenizer, {})
     assert prompt.num_vision_tokens == 1
     (rollout,) = sample_groups(model, tokenizer, [prompt], [[(0,)]], 2)
     assert rollout.completion_ids.shape[1] <= 2
+
+
+def test_one_decoder_reads_a_file_for_all_its_questions(model, tokenizer, samples, monkeypatch):
+    submitted = []
+
+    def submit(pool, sample, limits):
+        submitted.append(sample.path)
+        return data.submit_decode(pool, sample, limits)
+
+    monkeypatch.setattr(answering, "submit_decode", submit)
+    batches = fixed_batches(samples, 2)
+    answers_to(model, tokenizer, list(enumerate(batches)))
+    assert len(submitted) == len(set(submitted)) == 3
+
+
+def test_whether_a_file_can_be_decoded_now(samples):
+    batches = [[samples[1]], [samples[0]]]  # of which the second is there
+    assert any_decodes(MediaConfig(), batches, {samples[0].row, samples[1].row})
+    assert not any_decodes(MediaConfig(), batches, {samples[1].row})
 
 
 # ---------------------------------------------------------------------------------------- records
@@ -313,74 +323,75 @@ def test_a_record_by_hand():
         "row": 7, "problem_id": 7, "problem": "What?", "data_type": "video",
         "problem_type": "regression", "options": [], "path": "/d/x.mp4", "data_source": "hand",
         "extra": {"original_question_type": "object_counting"}, "order": "reversed",
-        "solution": "<answer>10</answer>", "error": None, "response": text, "answer": "9.5",
+        "solution": "<answer>10</answer>", "error": None, "is_media_error": False,
+        "response": text, "answer": "9.5",
         "length": 3, "ended": True, "score": 1.0, "score_paper": 0.9,
     }  # fmt: skip
-    lost = item_record(Answer(sample, None, "gone"), "reversed")
-    assert lost["error"] == "gone"
+    lost = item_record(Answer(sample, None, "gone", True), "reversed")
+    assert (lost["error"], lost["is_media_error"]) == ("gone", True)
     for key in ("response", "answer", "length", "ended", "score", "score_paper"):
         assert lost[key] is None
 
 
 @pytest.mark.parametrize(
-    "answer_text, score, strict",
-    [("9.5", 1.0, 0.9), ("8", 0.7, 0.6), ("10", 1.0, 1.0), ("1", 0.0, 0.0)],
+    "problem_type, solution, response, expected",
+    [
+        pytest.param("multiple choice", "B", "<answer>(b) left</answer>", 1.0, id="choice"),
+        pytest.param("multiple choice", "B", "B", 0.0, id="choice-without-tags"),
+        pytest.param("OCR", "no entry here now", "<answer>no entry</answer>", 0.5, id="ocr"),
+        # Here the reward of Section 3.1 would be 0.88 and 0.49.
+        pytest.param("regression", "<answer>25</answer>", "<answer>28</answer>", 0.8, id="mra"),
+        pytest.param("regression", "10", "<answer>15.1</answer>", 0.0, id="mra-51%"),
+        pytest.param("regression", "1,000", "<answer>1,010</answer>", 1.0, id="mra-commas"),
+        pytest.param("regression", "10", "10", 0.0, id="mra-without-tags"),
+        pytest.param("regression", "10", "<answer>ten</answer>", 0.0, id="mra-no-number"),
+        pytest.param("regression", "10", "<answer>1e999</answer>", 0.0, id="mra-infinite"),
+        pytest.param("regression", "many", "<answer>10</answer>", 0.0, id="mra-no-reference"),
+    ],
 )
-def test_both_forms_of_the_mra(answer_text, score, strict):
+def test_score_of_each_type(problem_type, solution, response, expected):
+    sample = make_sample(0, problem_type=problem_type, solution=solution)
+    assert score_item(response, sample) == pytest.approx(expected)
+
+
+def test_both_forms_of_the_mra():
     sample = make_sample(0, problem_type="regression", solution="10")
-    text = f"<answer>{answer_text}</answer>"
-    assert score_item(text, sample) == score
-    assert score_item(text, sample, strict=True) == strict
+    assert score_item("<answer>8</answer>", sample) == 0.7
+    assert score_item("<answer>8</answer>", sample, strict=True) == 0.6
 
 
-def vsi_rows():
-    """A row of each task of VSI-Bench, the three levels of direction included, two clips each."""
-    kinds = [kind for kind in VSI_TASKS if kind != "object_rel_direction"]
-    kinds += [f"object_rel_direction_{level}" for level in ("easy", "medium", "hard")]
-    for number, kind in enumerate(kinds * 2):
-        numeric = kind in VSI_TASKS[:4]
-        yield {
-            "problem_id": number, "problem": "?", "data_type": "video", "process": "",
-            "problem_type": "regression" if numeric else "multiple choice",
-            "original_question_type": kind, "options": [] if numeric else ["A. x", "B. y"],
-            "solution": f"<answer>{number + 1.5 if numeric else 'AB'[number % 2]}</answer>",
-            "path": f"./Evaluation/VSIBench/scannet/{number}.mp4", "data_source": "",
-        }  # fmt: skip
+def make_item(problem_type, score, data_type="video", row=0):
+    return {"problem_id": 7, "row": row, "problem_type": problem_type, "score": score,
+            "data_type": data_type, "error": None if score is not None else "gone"}  # fmt: skip
 
 
-def test_gold_answers_score_100_everywhere_on_vsibench(tmp_path):
-    file = tmp_path / "eval_vsibench.json"
-    file.write_text(json.dumps(list(vsi_rows())))
-    items = [
-        item_record(Answer(sample, rollout_of(f"<think>.</think>{sample.solution}")), "ordered")
-        for sample in load_samples(file)
-    ]
-    assert len(items) == 20
-    scores = score_benchmark("eval_vsibench", json.loads(json.dumps(items)))
-
-    def all_scores(part):
-        if "score" in part:
-            yield part["score"]
-        for value in part.values():
-            if isinstance(value, dict):
-                yield from all_scores(value)
-
-    found = list(all_scores(scores["all_items"]))
-    assert len(found) == 2 + 2 + 8 + 10 + 2  # overall, the paper's parts, tasks, types, metrics
-    assert set(found) == {1.0}
-    summary = answering.summarise(items)
-    assert (summary["n"], summary["accuracy"]) == (12, 1.0)
-    assert summary["by_type"]["regression"] == {"n": 8, "score": 1.0}
+ITEMS = [
+    make_item("multiple choice", 1.0), make_item("multiple choice", 0.0),
+    make_item("multiple choice", 1.0, "image"), make_item("numerical", 1.0, "image"),
+    make_item("regression", 0.75), make_item("regression", 0.25), make_item("OCR", 0.25, "image"),
+    make_item("multiple choice", None, row=8), make_item("regression", None, row=9),
+]  # fmt: skip
 
 
-def test_one_decoder_reads_a_file_for_all_its_questions(model, tokenizer, samples, monkeypatch):
-    submitted = []
+@pytest.mark.parametrize(
+    "is_toy, num_counted, accuracy",
+    [
+        pytest.param(False, 4, 0.75, id="choices-and-numbers"),
+        pytest.param(True, 2, 0.5, id="toy-video-choices"),
+    ],
+)
+def test_a_summary_by_hand(is_toy, num_counted, accuracy):
+    assert summarise(ITEMS, is_toy) == {
+        "n": num_counted, "accuracy": accuracy, "num_items": 9,
+        "by_type": {
+            "OCR": {"n": 1, "score": 0.25}, "multiple choice": {"n": 3, "score": 2 / 3},
+            "numerical": {"n": 1, "score": 1.0}, "regression": {"n": 2, "score": 0.5},
+        },
+        "unusable": [{"row": row, "problem_id": 7, "error": "gone"} for row in (8, 9)],
+    }  # fmt: skip
 
-    def submit(pool, sample, limits):
-        submitted.append(sample.path)
-        return data.submit_decode(pool, sample, limits)
 
-    monkeypatch.setattr(answering, "submit_decode", submit)
-    batches = fixed_batches(samples, 2)
-    answers_to(model, tokenizer, list(enumerate(batches)))
-    assert len(submitted) == len(set(submitted)) == 3
+@pytest.mark.parametrize("items", [ITEMS[-2:], [make_item("OCR", 0.5)]], ids=["unusable", "OCR"])
+def test_a_summary_without_anything_to_count_has_no_accuracy(items):
+    summary = summarise(items)
+    assert (summary["n"], summary["accuracy"], summary["num_items"]) == (0, None, len(items))
