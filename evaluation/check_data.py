@@ -26,11 +26,11 @@ from transformers import AutoConfig
 
 import data
 from config import MediaConfig
-from data import Sample, require_solution
+from data import FACTOR, MAX_ASPECT, Sample, require_solution
 from infra.distributed import run
 from infra.errors import MediaError, UserError, require
 from infra.flags import FlagParser, flag
-from infra.video import FACTOR, MAX_ASPECT, DecoderPool, check_file, smart_resize
+from infra.video import DecoderPool, check_file, smart_resize
 from model import load_tokenizer, resolve_folder
 
 # The categories of Figure 2: data_type, rows in Video-R1-260k, and by what a row is known: a folder
@@ -222,7 +222,7 @@ def look_for(files: list[File]) -> dict[File, str]:
     reasons = {}
     for data_type, path in files:
         try:
-            check_file(data.clip_path(path) if data_type == "video" else path)
+            check_file(data.video_path(path) if data_type == "video" else path)
         except MediaError as error:
             reasons[data_type, path] = str(error)
     return reasons
@@ -298,7 +298,7 @@ def most_vision_tokens(data_type: str, limits: dict[str, int]) -> int:
     """
     most = limits["max_pixels" if data_type == "video" else "image_max_pixels"]
     pixels = max(
-        math.prod(smart_resize(height, height * ratio / 100, limits["min_pixels"], most))
+        math.prod(smart_resize(height, height * ratio / 100, limits["min_pixels"], most, FACTOR))
         for height, ratio in itertools.product((1e5, 0.1), range(100, 100 * MAX_ASPECT + 1))
     )
     grids = max(1, limits["max_frames"] // data.TEMPORAL_PATCH) if data_type == "video" else 1

@@ -417,7 +417,7 @@ def test_most_vision_tokens(changes, data_type, most):
     assert check_data.most_vision_tokens(data_type, limits) == most
     pixels = limits["max_pixels" if data_type == "video" else "image_max_pixels"]
     sides = np.random.default_rng(0).integers(1, 3000, (3000, 2)).tolist()
-    sizes = [media.smart_resize(h, w, limits["min_pixels"], pixels) for h, w in sides
+    sizes = [media.smart_resize(h, w, limits["min_pixels"], pixels, 28) for h, w in sides
              if max(h, w) <= 200 * min(h, w)]  # fmt: skip
     frames = limits["max_frames"] if data_type == "video" else 1
     shapes = [(max(frames // 2 * 2, 1), h, w, 3) for h, w in sizes]
