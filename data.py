@@ -18,24 +18,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from infra import video
 from infra.distributed import log
-from infra.errors import MediaError, UserError
-from infra.video import DecoderPool, read_frames, read_image, smart_resize
+from infra.errors import MediaError, UserError, require
+from infra.video import DecoderPool
 from rewards import check_solution
 
 __all__ = [
     "DecoderPool", "MediaError", "Prompt", "Sample", "check_rows", "load_samples", "make_prompt",
-    "patchify", "read_frames", "read_image", "read_rows", "smart_resize",
+    "patchify", "read_frames", "read_image", "read_rows",
 ]  # fmt: skip
 
 PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression")  # Section 3.1
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".y4m")
 ORDERS = ("ordered", "shuffled", "reversed", "single")
 
+# Qwen2.5-VL: what its preprocessing does to frames, and how it cuts them.
 VISION_TOKENS = (
     "<|image_pad|>", "<|video_pad|>", "<|vision_pad|>", "<|vision_start|>", "<|vision_end|>",
 )  # fmt: skip
-PATCH, MERGE, TEMPORAL_PATCH = 14, 2, 2  # Qwen2.5-VL: pixels, patches per side, frames
+PATCH, MERGE, TEMPORAL_PATCH = 14, 2, 2  # pixels, patches per side, frames
+FACTOR, MAX_ASPECT = PATCH * MERGE, 200  # pixels a side is a multiple of; long over short side
+SIZE_RULE = {"factor": FACTOR, "max_aspect": MAX_ASPECT}
+VIDEO_RULE = {"fps": 2.0, "min_frames": 4, **SIZE_RULE}
+MIN_PIXELS, MAX_PIXELS, IMAGE_MAX_PIXELS = 4 * 28 * 28, 128 * 28 * 28, 256 * 28 * 28  # Section 4.1
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -79,6 +85,11 @@ class Sample:
         """What names the sample in a run's records."""
         return {"row": self.row, "problem_id": self.problem_id, "path": self.path}
 
+    @property
+    def name(self) -> str:
+        """How messages name it."""
+        return f"row {self.row} (problem {self.problem_id})"
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -117,16 +128,15 @@ def load_samples(path: str | Path, data_root: str | Path | None = None) -> list[
         UserError: naming the file, and the row (counted from 0) if it is one row's fault.
     """
     samples, faults = check_rows(path, data_root)
-    if faults:
-        raise UserError(faults[0])
+    require(not faults, faults[0] if faults else "")
     return samples
 
 
-def load_usable_samples(config, require: Callable[[Sample], None]) -> list[Sample]:
+def load_usable_samples(config, check: Callable[[Sample], None]) -> list[Sample]:
     """The rows of --data that a stage trains on: of --data_types, without what it cannot use.
 
     Args:
-        config: a TrainConfig. require: raises UserError, naming the row, for a sample that the
+        config: a TrainConfig. check: raises UserError, naming the row, for a sample that the
             stage cannot use.
     Raises:
         UserError: naming the file and the first unusable row, unless --skip_bad_samples; or no row
@@ -140,7 +150,7 @@ def load_usable_samples(config, require: Callable[[Sample], None]) -> list[Sampl
             continue
         try:
             require_no_vision_tokens(sample)
-            require(sample)
+            check(sample)
             usable.append(sample)
         except UserError as error:
             faults.append(f"{config.data}, {error}")
@@ -149,34 +159,15 @@ def load_usable_samples(config, require: Callable[[Sample], None]) -> list[Sampl
     if faults:
         log(f"--skip_bad_samples: {len(faults)} of {num_rows} rows are left out, the first: "
             f"{faults[0]}")  # fmt: skip
-    if not usable:
-        kinds = " ".join(config.data_types)
-        raise UserError(f"--data {config.data} holds no usable row of --data_types {kinds}")
+    kinds = " ".join(config.data_types)
+    require(usable, f"--data {config.data} holds no usable row of --data_types {kinds}")
     return usable
 
 
-def _without_collector(function: Callable) -> Callable:
-    """Pause Python's cyclic garbage collector, which walks all rows read so far again and again
-    and finds nothing: a third of the time."""
-
-    @functools.wraps(function)
-    def paused(*args):
-        was_enabled = gc.isenabled()
-        gc.disable()
-        try:
-            return function(*args)
-        finally:
-            if was_enabled:
-                gc.enable()
-
-    return paused
-
-
-@_without_collector
 def check_rows(
     path: str | Path, data_root: str | Path | None = None
 ) -> tuple[list[Sample], list[str]]:
-    """load_samples, but with the rows that can be read beside a message for each that cannot.
+    """load_samples, but with the rows that can be read, and a message for each that cannot.
 
     Returns:
         the samples in the file's order; the messages, lines that are not JSON before other rows.
@@ -184,30 +175,27 @@ def check_rows(
         UserError: it is the whole file's fault; names the file.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"data file {path} does not exist")
     root = Path(data_root) if data_root else path.parent
-    if not root.is_dir():
-        raise UserError(f"data root {root} is not a folder")
-    rows, faults = read_rows(path)
-    if not rows and not faults:
-        raise UserError(f"{path} holds no rows")
-    find = functools.cache(functools.partial(_find_base, root))  # one look per top folder
+    find_base = functools.cache(functools.partial(_find_base, root))  # one look per top folder
     samples = []
-    for number, row in rows.items():
-        try:
-            samples.append(_check_row(row, number, path, find))
-        except UserError as error:
-            faults.append(str(error))
+    gc.disable()  # it would walk all rows read so far again and again: a third of the time
+    try:
+        rows, faults = read_rows(path)
+        require(root.is_dir(), f"data root {root} is not a folder")
+        require(rows or faults, f"{path} holds no rows")
+        for number, row in rows.items():
+            try:
+                samples.append(_check_row(row, number, f"{path}, row {number}", find_base))
+            except UserError as error:
+                faults.append(str(error))
+    finally:
+        gc.enable()
     return samples, faults
 
 
 def read_rows(path: Path) -> tuple[dict[int, object], list[str]]:
     """The rows of a file by their number, as they are, and a message for each that is not JSON."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8: {error}") from None
+    text = _read_text(path, "data file")
     if text.lstrip()[:1] == "[":
         return dict(enumerate(_parse_json(text, str(path)))), []
     # Not splitlines, which also cuts at characters that a JSON text may hold.
@@ -221,6 +209,17 @@ def read_rows(path: Path) -> tuple[dict[int, object], list[str]]:
     return rows, faults
 
 
+def _read_text(path: str | Path, what: str) -> str:
+    """The text of a UTF-8 file; UserError, naming it, where it is none."""
+    require(Path(path).is_file(), f"{what} {path} does not exist or is no file")
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} {path} is not UTF-8: {error}") from None
+    except OSError as error:
+        raise UserError(f"{what} {path} cannot be read: {error.strerror}") from None
+
+
 def _parse_json(text: str, where: str):
     try:
         return json.loads(text)
@@ -228,8 +227,7 @@ def _parse_json(text: str, where: str):
         raise UserError(f"{where} is not JSON: {error}") from None
 
 
-def _check_row(row: object, number: int, path: Path, find: Callable[[str], Path]) -> Sample:
-    where = f"{path}, row {number}"
+def _check_row(row: object, number: int, where: str, find_base) -> Sample:
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected an object, found {type(row).__name__}")
     row = dict(row)
@@ -251,7 +249,7 @@ def _check_row(row: object, number: int, path: Path, find: Callable[[str], Path]
 
     relative = text("path")
     data_type = one_of("data_type", ("image", "video", "frame"))
-    if data_type == "frame":  # 200 rows of eval_mvbench say so of a clip
+    if data_type == "frame":  # of 200 rows of eval_mvbench that are videos
         data_type = "video" if relative.lower().endswith(VIDEO_SUFFIXES) else "image"
     options = row.pop("options", None)
     options = [] if options is None else options
@@ -269,7 +267,7 @@ def _check_row(row: object, number: int, path: Path, find: Callable[[str], Path]
         problem_type=one_of("problem_type", PROBLEM_TYPES),
         options=tuple(options),
         solution=text("solution"),
-        path=_resolve(relative, find, where),
+        path=_resolve(relative, find_base, where),
         data_source=text("data_source", required=False),
         process=text("process", required=False),
         row=number,
@@ -286,13 +284,13 @@ def _check_text(value: str, what: str) -> str:
     return value
 
 
-def _resolve(relative: str, find: Callable[[str], str], where: str) -> str:
-    """A row names a file below the data root; it may not leave it. (Without pathlib, which would
-    take half of the time that a file of 263,071 rows takes.)"""
+def _resolve(relative: str, find_base, where: str) -> str:
+    """The path of a row's file, which stays below the data root. (Without pathlib, which would take
+    half of the time that a file of 263,071 rows takes.)"""
     parts = [part for part in relative.split("/") if part not in ("", ".")]
     if relative.startswith("/") or ".." in parts or "\0" in relative:
         raise UserError(f"{where}: 'path' must stay inside the data root, found {relative!r}")
-    return "/".join([find(parts[0] if parts else ""), *parts])
+    return "/".join([find_base(parts[0] if parts else ""), *parts])
 
 
 def _find_base(root: Path, top: str) -> str:
@@ -317,26 +315,20 @@ def load_template(path: str | None) -> str:
     """The prompt template: our own, or a text file with {question} and maybe {answer_format}."""
     if not path:
         return TEMPLATE
-    if not Path(path).is_file():
-        raise UserError(f"--prompt_template {path} does not exist")
-    try:
-        template = Path(path).read_text(encoding="utf-8").rstrip("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"--prompt_template {path} is not UTF-8: {error}") from None
-    if "{question}" not in template:
-        raise UserError(f"--prompt_template {path} does not hold {{question}}")
+    template = _read_text(path, "--prompt_template").rstrip("\n")
+    require("{question}" in template, f"--prompt_template {path} does not hold {{question}}")
     return template
 
 
 def question_text(sample: Sample, template: str = TEMPLATE) -> str:
-    """The user's turn without the picture. Braces in a question are left as they are."""
-    question = "\n".join([sample.problem, "Options:", *sample.options])
-    if not sample.options:
-        question = sample.problem
-    before, _, after = template.partition("{question}")
+    """The user's turn without the video or image: the template with every {question} and
+    {answer_format} replaced. Braces in a question are left as they are."""
+    question = sample.problem
+    if sample.options:
+        question = "\n".join([sample.problem, "Options:", *sample.options])
     answer_format = ANSWER_FORMATS[sample.problem_type]
-    before, after = (part.replace("{answer_format}", answer_format) for part in (before, after))
-    return before + question + after
+    parts = template.split("{question}")
+    return question.join(part.replace("{answer_format}", answer_format) for part in parts)
 
 
 def make_prompt(
@@ -346,7 +338,6 @@ def make_prompt(
     order: str = "ordered",
     generator: torch.Generator | None = None,
     *,
-    seconds_between_frames: float = 0.5,
     template: str = TEMPLATE,
     mean: tuple[float, ...] = CLIP_MEAN,
     std: tuple[float, ...] = CLIP_STD,
@@ -355,19 +346,18 @@ def make_prompt(
     """Put one sample, with its frames in one order, through the chat template.
 
     Args:
-        frames: uint8 (F, H, W, 3), or the pair that read_frames returns; None: read sample.path.
+        frames: the pair that read_frames returns, or uint8 (F, H, W, 3) alone, two a second; None:
+            sample.path is read, within the limits.
         order: "ordered"; "shuffled", one permutation drawn from `generator`; "reversed";
-            "single", the middle frame in the place of every frame. An image knows no order.
-        seconds_between_frames: of `frames`, where it is not a pair.
-        limits: max_frames, min_pixels, max_pixels, image_max_pixels, where frames are read here.
+            "single", the middle frame in place of every frame. An image has no order.
+        limits: max_frames, min_pixels, max_pixels, image_max_pixels.
     Raises:
         MediaError: the file cannot be used.
         UserError: the question or the template holds a vision token of its own.
     """
     if frames is None:
         frames = decode(sample, **limits)
-    if isinstance(frames, tuple):
-        frames, seconds_between_frames = frames
+    frames, seconds = frames if isinstance(frames, tuple) else (frames, 0.5)
     frames = torch.as_tensor(frames)
     if sample.is_video:
         frames = reorder_frames(frames, order, generator)
@@ -383,9 +373,9 @@ def make_prompt(
     places = [place for place, token in enumerate(ids) if token in vision_ids]
     if len(places) != 1 or ids[places[0]] != vision_ids[sample.is_video]:
         raise UserError(
-            f"problem {sample.problem_id} (row {sample.row}): its prompt must hold one "
-            f"<|{sample.data_type}_pad|>, put there by the chat template, but holds {len(places)} "
-            "vision tokens: does the question or the template name one?"
+            f"{sample.name}: its prompt must hold one <|{sample.data_type}_pad|>, put there by the "
+            f"chat template, but holds {len(places)} vision tokens: does the question or the "
+            "template name one?"
         )
     start, count = places[0], int(grid_thw.prod()) // MERGE**2
     ids = ids[:start] + [ids[start]] * count + ids[start + 1 :]
@@ -394,7 +384,7 @@ def make_prompt(
         vision_start=start,
         pixel_values=pixel_values,
         grid_thw=grid_thw,
-        seconds_per_grid=TEMPORAL_PATCH * float(seconds_between_frames) if sample.is_video else 0.0,
+        seconds_per_grid=TEMPORAL_PATCH * float(seconds) if sample.is_video else 0.0,
         is_video=sample.is_video,
         order=order if sample.is_video else "ordered",
         sample=sample,
@@ -414,26 +404,20 @@ def response_ids(sample: Sample, tokenizer) -> Tensor:
     text = f"{sample.process.strip()}\n{solution}"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     vision = set(ids) & set(tokenizer.convert_tokens_to_ids(list(VISION_TOKENS)))
-    if vision:
-        where = f"row {sample.row} (problem {sample.problem_id})"
-        raise UserError(f"{where}: its response holds {tokenizer.decode(sorted(vision))}")
+    require(not vision, f"{sample.name}: its response holds {tokenizer.decode(sorted(vision))}")
     return torch.tensor([*ids, tokenizer.eos_token_id])
 
 
 def require_no_vision_tokens(sample: Sample) -> None:
     """Raise UserError, naming the row, if a text spells a vision token, which would become one."""
-    texts = (sample.problem, *sample.options, sample.process, sample.solution)
+    text = "\n".join((sample.problem, *sample.options, sample.process, sample.solution))
     for token in VISION_TOKENS:
-        if any(token in text for text in texts):
-            where = f"row {sample.row} (problem {sample.problem_id})"
-            raise UserError(f"{where} holds the vision token {token} as text")
+        require(token not in text, f"{sample.name} holds the vision token {token} as text")
 
 
 def require_process(sample: Sample) -> None:
     """Raise UserError, naming the row, unless a sample has a chain of thought to learn."""
-    if not sample.process.strip():
-        where = f"row {sample.row} (problem {sample.problem_id})"
-        raise UserError(f"{where} has no 'process' to learn from")
+    require(sample.process.strip(), f"{sample.name} has no 'process' to learn from")
 
 
 def require_solution(sample: Sample) -> None:
@@ -442,24 +426,54 @@ def require_solution(sample: Sample) -> None:
     try:
         check_solution(sample.solution, sample.problem_type)
     except ValueError as error:
-        raise UserError(f"row {sample.row} (problem {sample.problem_id}): {error}") from None
+        raise UserError(f"{sample.name}: {error}") from None
 
 
 # --------------------------------------------------------------------------------------- frames
 
 
-def decode(
-    sample: Sample, max_frames=16, min_pixels=4 * 28 * 28, max_pixels=128 * 28 * 28,
-    image_max_pixels=256 * 28 * 28,
-) -> tuple[np.ndarray, float]:  # fmt: skip
+def read_frames(path, max_frames=16, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS):
+    """Decode a video as Qwen2.5-VL sees it: two frames a second, 4 to max_frames, an even number.
+
+    Returns:
+        (uint8 (F, H, W, 3), seconds between two frames): frames round(linspace(0, total - 1, F)) by
+        index, H and W multiples of 28 with H * W in [min_pixels, max_pixels] where possible.
+    Raises:
+        MediaError: naming the file and the reason.
+    """
+    limits = {"max_frames": max_frames, "min_pixels": min_pixels, "max_pixels": max_pixels}
+    return video.read_frames(path, **limits, **VIDEO_RULE)
+
+
+def read_image(path, min_pixels=MIN_PIXELS, max_pixels=IMAGE_MAX_PIXELS) -> np.ndarray:
+    """Decode an image as read_frames does a frame: uint8 (1, H, W, 3). Raises MediaError."""
+    return video.read_image(path, min_pixels=min_pixels, max_pixels=max_pixels, **SIZE_RULE)
+
+
+def decode(sample: Sample, **limits: int) -> tuple[np.ndarray, float]:
     """(uint8 (F, H, W, 3), seconds between frames) of a sample's file, in this process."""
+    return video.read_media(**_decode_job(sample, **limits))
+
+
+def submit_decode(pool: DecoderPool, sample: Sample, limits: dict[str, int]):
+    """Start decoding a sample's file in a worker; a Future of (frames, seconds between frames)."""
+    return pool.submit(**_decode_job(sample, **limits))
+
+
+def _decode_job(
+    sample: Sample, max_frames=16, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS,
+    image_max_pixels=IMAGE_MAX_PIXELS,
+) -> dict:  # fmt: skip
+    """The arguments of infra.video.read_media for a sample's file."""
     if sample.is_video:
-        return read_frames(clip_path(sample.path), max_frames, min_pixels, max_pixels)
-    return read_image(sample.path, min_pixels, image_max_pixels), 0.0
+        job = {"kind": "video", "path": video_path(sample.path), "max_frames": max_frames}
+        return job | {"min_pixels": min_pixels, "max_pixels": max_pixels, **VIDEO_RULE}
+    job = {"kind": "image", "path": sample.path}
+    return job | {"min_pixels": min_pixels, "max_pixels": image_max_pixels, **SIZE_RULE}
 
 
-def clip_path(path: str) -> str:
-    """The clip, or the same clip in another container: the data sets hold .webm where rows say
+def video_path(path: str) -> str:
+    """The video, or the same one in another container: the data sets hold .webm where rows say
     .mp4. A path without either comes back as it is, for the error to name."""
     if os.path.exists(path):
         return path
@@ -512,33 +526,6 @@ def patchify(frames, mean=CLIP_MEAN, std=CLIP_STD) -> tuple[Tensor, Tensor]:
     )
     pixels = pixels.permute(0, 2, 5, 3, 6, 8, 1, 4, 7)  # (t, h/2, w/2, 2, 2, 3, 2, 14, 14)
     return pixels.reshape(t * h * w, -1), torch.tensor([t, h, w])
-
-
-# -------------------------------------------------------------------------------- decoded samples
-
-
-@dataclass(frozen=True)
-class Media:
-    """A sample with its decoded frames: uint8 (F, H, W, 3), and the seconds between them."""
-
-    sample: Sample
-    frames: np.ndarray
-    seconds_between_frames: float
-
-    def prompt(self, tokenizer, order: str = "ordered", generator=None, **options) -> Prompt:
-        """make_prompt with these frames."""
-        frames = (self.frames, self.seconds_between_frames)
-        return make_prompt(self.sample, tokenizer, frames, order, generator, **options)
-
-
-def submit_decode(pool: DecoderPool, sample: Sample, limits: dict[str, int]):
-    """Start decoding a sample's file in a worker; a Future of (frames, seconds between frames)."""
-    if sample.is_video:
-        keys = ("max_frames", "min_pixels", "max_pixels")
-        return pool.submit("video", clip_path(sample.path), **{key: limits[key] for key in keys})
-    return pool.submit(
-        "image", sample.path, min_pixels=limits["min_pixels"], max_pixels=limits["image_max_pixels"]
-    )
 
 
 if __name__ == "__main__":

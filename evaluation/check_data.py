@@ -26,11 +26,11 @@ from transformers import AutoConfig
 
 import data
 from config import MediaConfig
-from data import Sample
+from data import FACTOR, Sample
 from infra.distributed import run_main
 from infra.errors import MediaError, UnusableSample, UserError, require
 from infra.flags import FlagParser, flag
-from infra.video import FACTOR, DecoderPool, check_file
+from infra.video import DecoderPool, check_file
 from model import forbidden_tokens, load_tokenizer, require_room, resolve_folder
 
 # The categories of Figure 2: data_type, rows in Video-R1-260k, and by what a row is known: a folder
@@ -201,7 +201,7 @@ def missing_files(samples: list[Sample]) -> tuple[int, dict[File, str]]:
 
     def reason(file: File) -> str:
         try:
-            check_file(data.clip_path(file[1]) if file[0] == "video" else file[1])
+            check_file(data.video_path(file[1]) if file[0] == "video" else file[1])
         except MediaError as error:
             return str(error)
         return ""

@@ -120,11 +120,11 @@ def test_texts_that_are_not_escaped(tmp_path, layout, text):
 
 def test_a_clip_in_another_container_is_found(tmp_path):
     named, there = str(tmp_path / "a.mp4"), tmp_path / "a.webm"
-    assert data.clip_path(named) == named
+    assert data.video_path(named) == named
     there.touch()
-    assert data.clip_path(named) == str(there)
+    assert data.video_path(named) == str(there)
     (tmp_path / "a.mp4").touch()
-    assert data.clip_path(named) == named
+    assert data.video_path(named) == named
 
 
 @pytest.mark.parametrize(
@@ -472,17 +472,9 @@ def test_placeholders(tokenizer, kind, num_frames, height, width, grid, count):
 def test_seconds_per_grid_are_not_rounded(tokenizer, seconds, expected):
     frames = noise(4)
     pair = data.make_prompt(make_sample(), tokenizer, (frames, seconds))
-    named = data.make_prompt(make_sample(), tokenizer, frames, seconds_between_frames=seconds)
-    assert pair.seconds_per_grid == named.seconds_per_grid == expected
+    assert pair.seconds_per_grid == expected
     image = data.make_prompt(make_image_sample(), tokenizer, (frames[:1], seconds))
     assert image.seconds_per_grid == 0
-
-
-def test_pair_wins_over_the_keyword(tokenizer):
-    prompt = data.make_prompt(
-        make_sample(), tokenizer, (noise(2), 2.0), seconds_between_frames=0.25
-    )
-    assert prompt.seconds_per_grid == 4.0
 
 
 def test_frames_as_array_tensor_and_pair_give_the_same_prompt(tokenizer):
@@ -820,8 +812,10 @@ def test_limits_of_images_and_videos_reach_the_decoder():
     before = copy.deepcopy(limits)
     data.submit_decode(pool, make_sample(), limits)
     data.submit_decode(pool, make_image_sample(), limits)
+    size = {"min_pixels": 1, "factor": 28, "max_aspect": 200}
+    rate = {"max_frames": 6, "fps": 2.0, "min_frames": 4}
     assert pool.asked == [
-        ("video", "clip.mp4", {"max_frames": 6, "min_pixels": 1, "max_pixels": 2}),
-        ("image", "a.png", {"min_pixels": 1, "max_pixels": 3}),
+        ("video", "clip.mp4", {"max_pixels": 2, **size, **rate}),
+        ("image", "a.png", {"max_pixels": 3, **size}),
     ]
     assert limits == before
