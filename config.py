@@ -7,7 +7,7 @@ its meaning and its range. Defaults are the paper's where the paper gives one (w
 import math
 from dataclasses import dataclass
 
-from infra.errors import require
+from infra.errors import UserError, require
 from infra.flags import check_ranges, flag
 
 PRECISIONS = ("", "fp32", "bf16")
@@ -114,19 +114,28 @@ class TrainConfig(MediaConfig):
             UserError: the step's prompts cannot be dealt evenly to the ranks.
         """
         share, rest = divmod(self.prompts_per_step, num_ranks)
-        fewer, more = share * num_ranks, (share + 1) * num_ranks
-        legal = " or ".join(str(number) for number in (fewer, more) if number)
-        require(
-            not rest,
-            f"--prompts_per_step {self.prompts_per_step} cannot be dealt evenly to {num_ranks} "
-            f"ranks: take {legal} prompts, or a number of ranks that divides it",
-        )
+        if rest:
+            prompts = [number for number in (share * num_ranks, (share + 1) * num_ranks) if number]
+            divisors = [
+                number for number in range(1, self.prompts_per_step + 1)
+                if self.prompts_per_step % number == 0
+            ]  # fmt: skip
+            ranks = [number for number in divisors if number < num_ranks][-1:]
+            ranks += [number for number in divisors if number > num_ranks][:1]
+            raise UserError(
+                f"--prompts_per_step {self.prompts_per_step} cannot be dealt evenly to {num_ranks} "
+                f"ranks: take {_either(prompts)} prompts, or {_either(ranks)} ranks"
+            )
         return share
 
     def num_steps(self, num_samples: int) -> int:
         """Optimizer steps of a run: --max_steps, or what --num_epochs take, rounded up."""
         epochs = math.ceil(self.num_epochs * num_samples / self.prompts_per_step)
         return self.max_steps or epochs
+
+
+def _either(numbers: list[int]) -> str:
+    return " or ".join(map(str, numbers))
 
 
 @dataclass

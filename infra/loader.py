@@ -145,8 +145,11 @@ class Loader:
         self.num_skipped_in_a_row += 1
         # Now and not at the end of the step, which a rank without a usable item never reaches.
         self.check_skipped()
-        if self.num_skipped_in_a_row * len(self.progress.counts) >= self.num_items:
-            raise UserError(self._list("a whole pass over the data found no usable item"))
+        # Two passes, since between two visits of a usable item there may be nearly two.
+        share = 2 * self.num_items / len(self.progress.counts)
+        if self.num_skipped_in_a_row > max(share, ALWAYS_FORGIVEN):
+            what = f"{self.num_skipped_in_a_row} samples in a row could not be used, more than a "
+            raise UserError(self._list(what + "rank takes in two passes over the data"))
 
     def _decode_ahead(self, length: int) -> None:
         while len(self.queue) < length:

@@ -1,6 +1,7 @@
-"""The parts of an RL step on one process: scoring a group, what is sampled, schedules, records."""
+"""The parts of an RL step on one process: scoring a group, what is sampled, updates, the record."""
 
 import copy
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -8,25 +9,27 @@ import plain
 import pytest
 import torch
 
-from config import TrainConfig
-from data import Media, decode, require_solution
+import train_rl
+from config import RLConfig
+from data import decode, load_usable_samples, require_solution
 from infra.distributed import process_group
+from infra.errors import UserError
 from infra.optim import learning_rate_at, make_optimizer, update
-from infra.run import PhaseTimer, RunFolder
 from model import enable_packing, group_logprobs, load_model, load_tokenizer
 from sampling import Rollout
 from tgrpo import group_advantages
 from train_rl import (
-    RLConfig,
+    group_metrics,
     logprobs,
     make_prompts,
+    record_step,
     rollout_record,
     sample_rollouts,
     score_group,
     show_first_step,
     update_policy,
+    warn,
 )
-from training import Alarms, load_inputs, micro_batches, num_steps
 
 RIGHT = "<think>It goes.</think><answer>B</answer>"  # accuracy 1, format 1
 WRONG = "<think>It goes.</think><answer>A</answer>"  # accuracy 0, format 1
@@ -39,8 +42,8 @@ def rollout(texts, lengths=None, problem_type="multiple choice", solution="<answ
     width = int(lengths.max())
     mask = torch.arange(width) < lengths[:, None]
     sample = SimpleNamespace(
-        problem_type=problem_type, solution=solution, problem_id=7, row=3, path="clip.mp4",
-        problem="Which?", options=("A. a", "B. b"),
+        problem_type=problem_type, solution=solution, problem="Which?", options=("A. a", "B. b"),
+        row=3, identity={"row": 3, "problem_id": 7, "path": "video.mp4"},
     )  # fmt: skip
     ids = torch.zeros(len(texts), width, dtype=torch.long)
     prompt = SimpleNamespace(sample=sample)
@@ -71,8 +74,8 @@ def test_rewards_of_a_group_by_hand(flags, shuffled, expected):
         rollout(ORDERED, LENGTHS), shuffled and rollout(shuffled), RLConfig(**flags)
     )
     assert group.rewards.tolist() == pytest.approx(expected)
-    assert group.accuracy.tolist() == [1, 0, 1, 0]
-    assert group.format.tolist() == [1, 1, 0, 0]
+    assert group.parts["accuracy"].tolist() == [1, 0, 1, 0]
+    assert group.parts["format"].tolist() == [1, 1, 0, 0]
     assert group.correct.tolist() == [True, False, True, False]
     advantages = group_advantages(torch.tensor(expected, dtype=torch.float64))
     if flags.get("temporal_target") == "advantage":
@@ -85,10 +88,57 @@ def test_a_continuous_reward_is_correct_from_the_threshold_on():
     texts = [f"<answer>{number}</answer>" for number in ("10", "5", "4.9", "0")]
     ordered = rollout(texts, problem_type="regression", solution="10")
     group = score_group(ordered, None, RLConfig(length_reward=False))
-    assert group.accuracy.tolist() == pytest.approx([1, 0.5, 0.49, 0])
+    assert group.parts["accuracy"].tolist() == pytest.approx([1, 0.5, 0.49, 0])
     assert group.correct.tolist() == [True, True, False, False]
     strict = score_group(ordered, None, RLConfig(length_reward=False, correct_threshold=0.9))
     assert strict.correct.tolist() == [True, False, False, False]
+
+
+def test_a_fifth_part_of_the_reward_is_trained_on_logged_and_recorded():
+    """Rewards, metrics and records read `parts`: whoever adds a part adds one line."""
+    group = score_group(rollout(ORDERED), None, RLConfig(length_reward=False))
+    brevity = torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=torch.float64)
+    group = dataclasses.replace(group, parts=group.parts | {"brevity": brevity})
+    assert group.rewards.tolist() == [2, 1, 1, 1]
+    with process_group():
+        means, _ = group_metrics([group])
+    assert (means["reward"], means["brevity"], means["accuracy"]) == (1.25, 0.25, 0.5)
+    responses = rollout_record(0, group)["responses"]
+    assert [response["brevity"] for response in responses] == [0, 0, 0, 1]
+    assert [response["reward"] for response in responses] == [2, 1, 1, 1]
+
+
+def test_metrics_of_a_step_by_hand():
+    config = RLConfig(l_min=2, l_max=3, omega=0.2)
+    # p = 1/2 >= p~ = 0: earned. Without r_t rewards are 2 and 1, with it 2.3 and 1: Eq. 3 gives
+    # +-1/sqrt(2) for both, so r_t has no effect there.
+    binary = score_group(rollout([RIGHT, WRONG], [5, 6]), rollout([WRONG, NOTHING], [3, 4]), config)
+    # p = 3/4 >= p~ = 1/2. Rewards 2, 1 + 0.2, 2, 1; with r_t 2.3, 1.5, 2.3, 1.
+    mixed = score_group(
+        rollout([RIGHT, BARE, RIGHT, WRONG], [1, 2, 5, 5]), rollout([RIGHT, WRONG], [2, 2]), config
+    )
+    flat = score_group(rollout([RIGHT, RIGHT], [1, 1]), None, config)  # an image, no spread
+    with process_group():
+        means, num_tokens = group_metrics([binary, mixed, flat])
+
+    def advantages(*rewards):
+        mean = sum(rewards) / 4
+        deviation = (sum((reward - mean) ** 2 for reward in rewards) / 3) ** 0.5
+        return [(reward - mean) / deviation for reward in rewards]
+
+    with_it, without = advantages(2.3, 1.5, 2.3, 1), advantages(2, 1.2, 2, 1)
+    effect = sum(abs(one - other) for one, other in zip(with_it, without, strict=True)) / 6
+    expected = {
+        "reward": (2.3 + 1 + 2.3 + 1.5 + 2.3 + 1 + 2 + 2) / 8, "accuracy": 6 / 8, "format": 7 / 8,
+        "accuracy_shuffled": 1 / 4, "gap": 4 / 6 - 1 / 4, "temporal": 1.0,
+        "temporal_earned": 4 / 6, "temporal_effect": effect, "length_reward": 0.2 / 8,
+        "completion_length": 26 / 8, "clipped_length": 0.0, "zero_std": 1 / 3,
+    }  # fmt: skip
+    assert means == pytest.approx(expected)
+    assert num_tokens == 26 + 7 + 4
+    with process_group():
+        means, _ = group_metrics([flat])
+    assert means["gap"] is means["temporal"] is means["temporal_effect"] is None
 
 
 def test_the_record_holds_each_part_of_a_reward():
@@ -101,24 +151,20 @@ def test_the_record_holds_each_part_of_a_reward():
     assert record["shuffled_responses"] == [{"text": WRONG, "accuracy": 0.0}]
 
 
-def test_a_solution_that_nothing_can_match_is_named():
-    bad = SimpleNamespace(solution="about two", problem_type="numerical", row=12, problem_id=5)
-    with pytest.raises(ValueError, match=r"row 12 \(problem 5\).*about two"):
-        require_solution(bad)
-
-
-def test_bad_rows_stop_a_run_or_are_left_out_and_counted(toy_folder, tmp_path, capsys):
-    rows = json.loads((toy_folder / "runs/toy/data/rl.json").read_text())[:4]
+def test_unusable_rows_stop_a_run_or_are_left_out_and_counted(toy_folder, tmp_path, capsys):
+    """Fault 9: --skip_bad_samples did not skip what reading refuses, row 2 here."""
+    rows = json.loads((toy_folder / "runs/toy/data/rl.json").read_text())[:5]
     rows[1] |= {"problem_type": "numerical", "solution": "about two"}
     file = tmp_path / "rows.json"
-    file.write_text(json.dumps(rows))
-    config = RLConfig(model=str(toy_folder / "runs/toy/base"), data=str(file))
-    with pytest.raises(ValueError, match=r"rows.json, row 1 \(problem .*about two"):
-        load_inputs(config, require_solution)
+    config = RLConfig(data=str(file))
+    for change, reason in (({}, r"row 1 \(problem .*about two"), ({"solution": ""}, "row 2: 'sol")):
+        rows[2] |= change
+        file.write_text(json.dumps(rows))
+        with pytest.raises(UserError, match=rf"rows.json, {reason}"):
+            load_usable_samples(config, require_solution)
     config.skip_bad_samples = True
-    samples, _, _ = load_inputs(config, require_solution)
-    assert [sample.row for sample in samples] == [0, 2, 3]
-    assert "1 of 4 rows are left out, the first: " in capsys.readouterr().out
+    assert [sample.row for sample in load_usable_samples(config, require_solution)] == [0, 3, 4]
+    assert "2 of 5 rows are left out, the first: " in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------------- sampling
@@ -129,23 +175,31 @@ def policy(toy_folder):
     return load_model(str(toy_folder / "runs/toy/base"), torch.device("cpu")).eval()
 
 
-def media(toy_folder, tokenizer, kinds):
-    prompts = plain.toy_prompts(toy_folder, tokenizer, kinds)
-    return [Media(prompt.sample, *decode(prompt.sample, max_frames=8)) for prompt in prompts]
+@pytest.fixture(scope="module")
+def tokenizer(toy_folder):
+    return load_tokenizer(str(toy_folder / "runs/toy/base"))
 
 
-def sample(policy, toy_folder, step=0, **flags):
-    tokenizer = load_tokenizer(str(toy_folder / "runs/toy/base"))
-    config = RLConfig(**{"max_new_tokens": 5, "group_size": 3, "shuffled_group_size": 2} | flags)
-    batch = [
-        make_prompts(one, step, tokenizer, config, {})
-        for one in media(toy_folder, tokenizer, ["video", "image"])
-    ]
+@pytest.fixture(scope="module")
+def samples(toy_folder, tokenizer):
+    """A video and an image."""
+    prompts = plain.toy_prompts(toy_folder, tokenizer, ["video", "image"])
+    return [prompt.sample for prompt in prompts]
+
+
+def prompts_of(sample, tokenizer, step=0, epoch=0, max_frames=8, **flags):
+    config, decoded = RLConfig(**flags), decode(sample, max_frames=max_frames)
+    return make_prompts(sample, decoded, step, epoch, tokenizer, config, {})
+
+
+def sampled(policy, tokenizer, batch, step=0, seed=0):
+    config = RLConfig(max_new_tokens=5, group_size=3, shuffled_group_size=2, seed=seed)
     return sample_rollouts(policy, tokenizer, batch, config, step)
 
 
-def test_videos_get_a_shuffled_group_and_images_none(policy, toy_folder):
-    (ordered, shuffled), (image, none) = sample(policy, toy_folder)
+def test_videos_get_a_shuffled_group_and_images_none(policy, tokenizer, samples):
+    batch = [prompts_of(sample, tokenizer) for sample in samples]
+    (ordered, shuffled), (image, none) = sampled(policy, tokenizer, batch)
     assert none is None
     assert (len(ordered.texts), len(shuffled.texts), len(image.texts)) == (3, 2, 3)
     assert (ordered.prompt.order, shuffled.prompt.order) == ("ordered", "shuffled")
@@ -153,18 +207,49 @@ def test_videos_get_a_shuffled_group_and_images_none(policy, toy_folder):
     assert not torch.equal(ordered.prompt.pixel_values, shuffled.prompt.pixel_values)
 
 
-def test_plain_grpo_samples_no_shuffled_group(policy, toy_folder):
-    assert [shuffled for _, shuffled in sample(policy, toy_folder, temporal=False)] == [None, None]
+def test_plain_grpo_and_a_single_frame_have_no_shuffled_prompt(tokenizer, samples):
+    """Fault 28: shuffled and ordered prompt of a single frame are the same, so r_t is noise."""
+    assert len(prompts_of(samples[0], tokenizer)) == 2
+    assert len(prompts_of(samples[0], tokenizer, temporal=False)) == 1
+    assert len(prompts_of(samples[0], tokenizer, max_frames=1)) == 1
+    assert len(prompts_of(samples[0], tokenizer, max_frames=2)) == 2
 
 
-def test_random_numbers_follow_seed_and_step(policy, toy_folder):
+def test_random_numbers_follow_seed_and_step(policy, tokenizer, samples):
+    batch = [prompts_of(samples[0], tokenizer)]
     texts = [
-        [rollout.texts for rollout, _ in sample(policy, toy_folder, step, seed=seed)]
+        [one.texts for one in sampled(policy, tokenizer, batch, step, seed)[0]]
         for step, seed in ((0, 0), (0, 0), (1, 0), (0, 1))
     ]
     assert texts[0] == texts[1]
     assert texts[0] != texts[2]
     assert texts[0] != texts[3]
+
+
+def test_a_row_that_comes_twice_in_a_step_draws_other_numbers(policy, tokenizer, samples):
+    """Fault 19: where data is smaller than a step the second group was a copy of the first."""
+    first, again = (prompts_of(samples[0], tokenizer, epoch=epoch) for epoch in (0, 1))
+    assert not torch.equal(first[1].pixel_values, again[1].pixel_values), "the same permutation"
+    (ordered, shuffled), (other, other_shuffled) = sampled(policy, tokenizer, [first, again])
+    assert ordered.texts != other.texts
+    assert shuffled.texts != other_shuffled.texts
+    alone = sampled(policy, tokenizer, [first])[0]
+    assert [alone[0].texts, alone[1].texts] == [ordered.texts, shuffled.texts]
+
+
+def test_keys_of_the_first_epoch(monkeypatch, tokenizer, samples):
+    """(seed, step, row, group, place in the group), by which recorded runs are replayed."""
+    keys = []
+    monkeypatch.setattr(
+        train_rl, "sample_groups", lambda _, __, prompts, found, ___: [keys.append(found)] * 9
+    )
+    batch = [prompts_of(samples[0], tokenizer, step=4, seed=7)]
+    sampled(None, tokenizer, batch, step=4, seed=7)
+    row = samples[0].row
+    assert keys == [[
+        [(7, 4, row, 0, number) for number in range(3)],
+        [(7, 4, row, 1, number) for number in range(2)],
+    ]]  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------- training
@@ -185,20 +270,6 @@ def test_learning_rate_by_hand(arguments, rate):
     assert learning_rate_at(*arguments) == pytest.approx(rate)
 
 
-STEPS = {
-    # 10 samples, batches of 2 ranks x 2 prompts x 1: 2.5 steps an epoch, rounded up.
-    "epoch": ({"prompts_per_rank": 2}, 3),
-    "two-epochs": ({"prompts_per_rank": 2, "num_epochs": 2.0}, 5),
-    "accumulated": ({"prompts_per_rank": 1, "gradient_accumulation_steps": 5}, 1),
-    "max-steps-wins": ({"max_steps": 7, "num_epochs": 9.0}, 7),
-}
-
-
-@pytest.mark.parametrize(("flags", "expected"), STEPS.values(), ids=STEPS)
-def test_number_of_steps(flags, expected):
-    assert num_steps(TrainConfig(**flags), 10, SimpleNamespace(size=2)) == expected
-
-
 def test_matrices_decay_and_vectors_do_not(policy):
     decayed, rest = make_optimizer(policy, 1e-3, 0.01).param_groups
     assert (decayed["weight_decay"], rest["weight_decay"]) == (0.01, 0.0)
@@ -207,148 +278,151 @@ def test_matrices_decay_and_vectors_do_not(policy):
     assert len(decayed["params"]) + len(rest["params"]) == len(list(policy.parameters()))
 
 
-def test_a_step_calls_the_vision_tower_three_times(policy, toy_folder):
+@pytest.fixture
+def learner(policy):
+    model = copy.deepcopy(policy)
+    enable_packing(model)  # the copy's methods are bound to the first
+    return model
+
+
+def test_a_step_calls_the_vision_tower_three_times(policy, learner, toy_folder, tokenizer):
     """Rollout, reference, update: once each, for all ordered and shuffled videos and images."""
-    policy, reference = copy.deepcopy(policy), copy.deepcopy(policy)
+    reference = copy.deepcopy(policy)
+    enable_packing(reference)
     calls = []
-    for name, model in {"policy": policy, "reference": reference}.items():
-        enable_packing(model)  # the copy's methods are bound to the first
+    for name, model in {"policy": learner, "reference": reference}.items():
         model.model.visual.register_forward_hook(
             lambda *_, name=name: calls.append((name, torch.is_grad_enabled()))
         )
-    tokenizer = load_tokenizer(str(toy_folder / "runs/toy/base"))
     config = RLConfig(max_new_tokens=4, group_size=4, shuffled_group_size=2, prompts_per_rank=3)
     # The toy's prompts stand for an ordered and a shuffled video twice, and an image.
     prompts = plain.toy_prompts(toy_folder, tokenizer, ["video"] * 4 + ["image"])
     batch = [prompts[:2], prompts[2:4], prompts[4:]]
-    rollouts = sample_rollouts(policy, tokenizer, batch, config, 0)
+    rollouts = sample_rollouts(learner, tokenizer, batch, config, 0)
     groups = [score_group(ordered, shuffled, config) for ordered, shuffled in rollouts]
     with torch.no_grad():
-        logps_ref = logprobs(reference, groups)
-    optimizer = make_optimizer(policy, 1e-3, 0.0)
+        logps_ref = [logprobs(reference, groups)]
+    optimizer = make_optimizer(learner, 1e-3, 0.0)
     with process_group() as world:
-        update_policy(policy, optimizer, [groups], [logps_ref], config, world, 1e-3)
+        update_policy(learner, optimizer, [groups], logps_ref, config, world, 1e-3)
     assert calls == [("policy", False), ("reference", False), ("policy", True)]
 
 
-def test_a_frozen_vision_tower_has_neither_gradients_nor_optimizer_state(policy, toy_folder):
-    model = copy.deepcopy(policy)
-    enable_packing(model)  # the copy's methods are bound to the first
-    model.model.visual.requires_grad_(False)
-    optimizer = make_optimizer(model, 1e-3, 0.01)
-    tokenizer = load_tokenizer(str(toy_folder / "runs/toy/base"))
+def test_an_infinite_loss_with_a_finite_gradient_is_not_applied(
+    learner, toy_folder, tokenizer, monkeypatch
+):
+    """Fault 12, in RL: the metrics said null, and the weights had moved."""
+    group = score_group(rollout([RIGHT, WRONG], [3, 3]), None, RLConfig())
+    (prompt,) = plain.toy_prompts(toy_folder, tokenizer, ["image"])
+    group = dataclasses.replace(group, ordered=dataclasses.replace(group.ordered, prompt=prompt))
+    with torch.no_grad():
+        logps_ref = [logprobs(learner, [group])]
+    whole = train_rl.tgrpo_loss
+
+    def infinite(*arguments):
+        loss, parts = whole(*arguments)
+        return loss + torch.inf, parts  # the gradient stays
+
+    monkeypatch.setattr(train_rl, "tgrpo_loss", infinite)
+    before = copy.deepcopy(list(learner.parameters()))
+    optimizer = make_optimizer(learner, 1e-3, 0.0)
+    config = RLConfig(num_iterations=2, prompts_per_step=1)
+    with process_group() as world:
+        updated = update_policy(learner, optimizer, [[group]], logps_ref, config, world, 1e-3)
+    assert updated["num_bad_updates"] == 2
+    assert all(torch.equal(*pair) for pair in zip(before, learner.parameters(), strict=True))
+
+
+def test_a_frozen_vision_tower_has_neither_gradients_nor_optimizer_state(
+    learner, toy_folder, tokenizer
+):
+    learner.model.visual.requires_grad_(False)
+    optimizer = make_optimizer(learner, 1e-3, 0.01)
     prompts = plain.toy_prompts(toy_folder, tokenizer, ["video"])
     ids = torch.tensor([[[5, 6, 7]]])
-    group_logprobs(model, prompts, ids, torch.ones_like(ids).bool()).sum().backward()
-    assert all(parameter.grad is None for parameter in model.model.visual.parameters())
-    optimizer.step()
-    learning = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    loss = group_logprobs(learner, prompts, ids, torch.ones_like(ids).bool()).sum()
+    loss.backward()
+    frozen = list(learner.model.visual.parameters())
+    assert all(parameter.grad is None for parameter in frozen)
+    learning = {id(parameter) for parameter in learner.parameters() if parameter.requires_grad}
     assert {id(parameter) for parameter in optimizer.state} == learning
-    assert len(learning) == len([*model.parameters()]) - len([*model.model.visual.parameters()])
-    update(model, optimizer, 1e-3, 1.0)  # the clip and the step take it as it is
+    assert len(learning) == len([*learner.parameters()]) - len(frozen)
+    assert update(learner, optimizer, 1e-3, 1.0, float(loss.detach())) > 0
 
 
-def test_metrics_are_valid_json_whatever_the_numbers(tmp_path, capsys):
-    config = TrainConfig()
-    config.output_dir = str(tmp_path / "run")
-    with process_group() as world, RunFolder(config, world, "test").open(2) as this_run:
-        this_run.metrics(
-            {"step": 1, "loss": float("nan"), "norm": float("inf"), "shuffled": None, "x": 0.5}
-        )
-
-    def refuse(constant):
-        raise AssertionError(f"{constant} is not JSON")
-
-    line = json.loads((tmp_path / "run/metrics.jsonl").read_text(), parse_constant=refuse)
-    assert line == {
-        "step": 1, "loss": None, "norm": None, "shuffled": None, "x": 0.5, "seconds_save": 0.0
-    }  # fmt: skip
-    shown = capsys.readouterr().out
-    assert all(key in shown for key in line)
+# -------------------------------------------------------------------------------------- warnings
 
 
-def test_phases_of_one_name_add_up_and_are_told_to_the_watch():
-    places = []
-    world = SimpleNamespace(watch=SimpleNamespace(at=places.append))
-    timer = PhaseTimer(world, 4)
-    for phase in ("data", "update", "data"):
-        with timer(phase):
-            pass
-    assert list(timer.seconds) == ["data", "update"]
-    assert all(value >= 0 for value in timer.seconds.values())
-    assert places == ["step 5, data", "step 5, update", "step 5, data"]
+class FakeRun:
+    """Keeps what a step records and says, and says each warning, not only the first time."""
+
+    def __init__(self, history=()):
+        self.config, self.history, self.lines, self.warnings = RLConfig(), [*history], [], []
+        self.say = self.lines.append
+
+    def warn(self, holds, text):
+        if holds:
+            self.warnings.append(text)
+
+    def gather_records(self, name, records):
+        self.rollouts = records
+
+    def records(self, name, records):
+        pass
+
+    def count_bad_step(self, step, num_bad_updates, samples):
+        self.bad = num_bad_updates, samples
+
+    def log(self, metrics, num_tokens):
+        self.history.append(metrics)
 
 
-FIRST_STEPS = {
-    "fine": ([RIGHT, WRONG], {"format": 1.0, "clipped_length": 0.0}, []),
-    "no-format": ([NOTHING, BARE], {"format": 0.0, "clipped_length": 0.5}, ["has the format"]),
-    "cut": ([RIGHT, WRONG], {"format": 0.5, "clipped_length": 0.95}, ["95% of the first step's"]),
-    "nine-tenths": ([RIGHT, WRONG], {"format": 0.5, "clipped_length": 0.9}, []),
+def test_the_first_step_shows_three_responses_and_the_parts_of_their_rewards():
+    run = FakeRun()
+    show_first_step(score_group(rollout(ORDERED), None, RLConfig()), run)
+    shown = [line for line in run.lines if line.startswith("  reward")]
+    assert all(repr(text) in line for text, line in zip(ORDERED[:3], shown, strict=True))
+    assert "reward 2 (accuracy 1, format 1, temporal 0, length_reward 0), 1 tokens" in shown[0]
+
+
+def test_what_a_step_records():
+    run, group = FakeRun(), score_group(rollout(ORDERED), rollout([WRONG]), RLConfig())
+    updated = {"loss": 0.5, "kl": 0.1, "num_bad_updates": 1}
+    with process_group():
+        record_step(0, [group], updated, 1e-6, [{"row": 9}], run)
+    (metrics,) = run.history
+    expected = {"step": 1, "loss": 0.5, "kl": 0.1, "lr": 1e-6, "skipped": 1, "reward": 1.15}
+    assert {key: metrics[key] for key in expected} == pytest.approx(expected)
+    assert "num_bad_updates" not in metrics
+    assert run.bad == (1, [{"row": 3, "problem_id": 7, "path": "video.mp4"}])
+    assert len(run.rollouts) == 1
+
+
+def step_of(step=30, format=0.5, clipped_length=0.0, length=100.0, zero_std=0.1, kl=0.01, effect=1):
+    return {"step": step, "format": format, "clipped_length": clipped_length, "zero_std": zero_std,
+            "completion_length": length, "kl": kl, "temporal_effect": effect}  # fmt: skip
+
+
+WARNINGS = {
+    "nothing": ([step_of()] * 60, []),
+    "no-format": ([step_of(1, format=0.0)], ["no response of the first step has the format"]),
+    "no-format-later": ([step_of(2, format=0.0)], []),
+    "cut": ([step_of(1, clipped_length=0.95)], ["more than 90% of the first step's responses"]),
+    "nine-tenths": ([step_of(1, clipped_length=0.9)], []),
+    "length": ([step_of()] * 20 + [step_of(length=30.0)] * 20, ["less than a third of the tokens"]),
+    "a-third-is-enough": ([step_of()] * 20 + [step_of(length=34.0)] * 20, []),
+    "no-spread": ([step_of(zero_std=0.6)] * 21, ["more than half of the groups had no spread"]),
+    "no-spread-at-first": ([step_of(zero_std=1.0)] * 8 + [step_of()] * 30, []),
+    "kl": ([step_of()] * 20 + [step_of(kl=3.0)] * 20, ["the KL to the reference was above 1"]),
+    "undefined": ([step_of(kl=None, effect=None)] * 60, []),
+    "no-effect": ([step_of(effect=0.001)] * 50, ["moved the advantages by less than 0.01"]),
+    "no-effect-of-few": ([step_of(effect=0.001)] * 49, []),
 }
 
 
-@pytest.mark.parametrize(("texts", "metrics", "warned"), FIRST_STEPS.values(), ids=FIRST_STEPS)
-def test_the_first_step_is_shown_and_what_makes_a_run_hopeless_is_said(texts, metrics, warned):
-    said = []
-    this_run = SimpleNamespace(say=said.append, config=RLConfig())
-    groups = [score_group(rollout(texts + [RIGHT] * 2), None, RLConfig())]
-    show_first_step(groups, metrics, this_run)
-    shown = [line for line in said if line.startswith("  reward")]
-    assert len(shown) == 3
-    assert all(repr(text) in line for text, line in zip([*texts, RIGHT], shown, strict=True))
-    assert "reward 2 (accuracy 1, format 1), 1 tokens" in shown[2]
-    warnings = [line for line in said if line.startswith("warning")]
-    assert len(warnings) == len(warned)
-    assert all(words in line for words, line in zip(warned, warnings, strict=True))
-
-
-def metrics_of(length=100.0, zero_std=0.1, kl=0.01):
-    return {"completion_length": length, "zero_std": zero_std, "kl": kl}
-
-
-ALARMS = {
-    "nothing": ([metrics_of()] * 60, []),
-    "length": ([metrics_of()] * 20 + [metrics_of(length=30.0)] * 40, ["collapsed to 30"]),
-    "a-third-is-enough": ([metrics_of()] * 20 + [metrics_of(length=34.0)] * 40, []),
-    "no-spread": ([metrics_of(zero_std=0.6)] * 21, ["60% of the groups"]),
-    "no-spread-at-first": ([metrics_of(zero_std=1.0)] * 8 + [metrics_of()] * 30, []),
-    "kl": ([metrics_of()] * 20 + [metrics_of(kl=3.0)] * 30, ["KL to the reference was 1"]),
-    "undefined": ([metrics_of(kl=None)] * 40, []),
-}
-
-
-@pytest.mark.parametrize(("history", "expected"), ALARMS.values(), ids=ALARMS)
-def test_what_goes_wrong_slowly_is_said_once(history, expected):
-    alarms = Alarms()
-    said = [text for metrics in history for text in alarms.check(metrics)]
-    assert len(said) == len(expected)
-    assert all(text.startswith("warning: ") for text in said)
-    assert all(words in text for words, text in zip(expected, said, strict=True))
-    resumed = Alarms(history)
-    assert resumed.check(history[-1]) == []
-
-
-# (lengths, most parts on another rank, expected parts by index), for a budget of 100 tokens
-BUDGETS = {
-    "longest-first": ([30, 90, 40, 20], 0, [[1], [2, 0, 3]]),
-    "one-alone-may-exceed-it": ([150, 20], 0, [[0], [1]]),
-    "all-fit": ([10, 20, 30], 0, [[2, 1, 0]]),
-    "another-rank-needs-more": ([10, 20, 30], 2, [[2], [1, 0]]),
-    "as-many-as-items": ([10, 20, 30], 3, [[2], [1], [0]]),
-}
-
-
-@pytest.mark.parametrize(("lengths", "most", "expected"), BUDGETS.values(), ids=BUDGETS)
-def test_micro_batches_by_tokens(monkeypatch, lengths, most, expected):
-    def other_rank(values):
-        return {name: max(value, most) for name, value in values.items()}
-
-    monkeypatch.setattr("training.max_over_ranks", other_rank)
-    config = TrainConfig(tokens_per_micro_batch=100)
-    parts = micro_batches([*range(len(lengths))], lengths, config)
-    assert sorted(parts) == sorted(expected)
-
-
-def test_micro_batches_by_number():
-    config = TrainConfig(prompts_per_rank=2)
-    assert micro_batches([1, 2, 3, 4], [9, 9, 9, 9], config) == [[1, 2], [3, 4]]
+@pytest.mark.parametrize(("history", "expected"), WARNINGS.values(), ids=WARNINGS)
+def test_warnings(history, expected):
+    run = FakeRun(history)
+    warn(run)
+    assert len(run.warnings) == len(expected)
+    assert all(words in text for words, text in zip(expected, run.warnings, strict=True))

@@ -1,37 +1,28 @@
-"""loader.py: the order of samples, ranks in turns, replacement of what cannot be used."""
+"""loader.py: the order of items, ranks in turns, replacement of what cannot be used."""
 
 import itertools
+import time
 from concurrent.futures import Future
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_data import LIMITS, make_sample
 
-from infra.errors import MediaError, UnusableSample
-from infra.loader import Loader, Progress, sample_at, sample_order
-
-
-@pytest.mark.parametrize("num_samples", [1, 2, 10, 1000])
-def test_sample_order_is_a_permutation_of_seed_and_epoch(num_samples):
-    order = sample_order(num_samples, 3, 5)
-    assert sorted(order.tolist()) == [*range(num_samples)]
-    sample_order.cache_clear()
-    assert order.tolist() == sample_order(num_samples, 3, 5).tolist()
+from infra.errors import MediaError, UnusableSample, UserError
+from infra.loader import Loader, Progress, item_order
 
 
-def test_sample_order_differs_by_seed_and_epoch():
-    orders = {tuple(sample_order(50, seed, epoch)) for seed in range(4) for epoch in range(4)}
+@pytest.mark.parametrize("num_items", [1, 2, 10, 1000])
+def test_the_order_is_a_permutation_of_seed_and_epoch(num_items):
+    order = item_order(num_items, 3, 5)
+    assert sorted(order.tolist()) == [*range(num_items)]
+    item_order.cache_clear()
+    assert order.tolist() == item_order(num_items, 3, 5).tolist()
+
+
+def test_the_order_differs_by_seed_and_epoch():
+    orders = {tuple(item_order(50, seed, epoch)) for seed in range(4) for epoch in range(4)}
     assert len(orders) == 16
-
-
-def test_each_epoch_holds_every_sample_once():
-    seen = [sample_at(place, 19, seed=1) for place in range(3 * 19)]
-    assert all(type(index) is int for index in seen)
-    for epoch in range(3):
-        part = seen[19 * epoch : 19 * (epoch + 1)]
-        assert part == sample_order(19, 1, epoch).tolist()
-        assert sorted(part) == [*range(19)]
 
 
 # -------------------------------------------------------------------------------------- progress
@@ -98,27 +89,27 @@ def test_no_place_is_taken_twice_or_lost_whatever_the_numbers_of_ranks(rounds):
 # ---------------------------------------------------------------------------------------- loader
 
 
-class FakePool:
-    """Decodes a path to itself, but for those in `bad`."""
-
-    def __init__(self, bad=()):
-        self.bad, self.asked = set(bad), []
-
-    def submit(self, kind, path, **limits):
-        self.asked.append(path)
-        future = Future()
-        if path in self.bad:
-            future.set_exception(MediaError(f"{path}: broken"))
-        else:
-            future.set_result((path, 0.5))
-        return future
+def decoded(value):
+    future = Future()
+    (future.set_exception if isinstance(value, Exception) else future.set_result)(value)
+    return future
 
 
-def make_loader(num_samples=20, bad=(), prepare=None, **options):
-    samples = [make_sample(path=f"{n}.mp4", row=n, problem_id=n) for n in range(num_samples)]
-    pool = FakePool(f"{n}.mp4" for n in bad)
-    settings = {"limits": LIMITS, "progress": Progress(), "rank": 0} | options
-    return Loader(samples, pool, prepare or (lambda media, step: media), **settings)
+def make_loader(num_items=20, bad=(), prepare=None, **options):
+    """Items are decoded to twice their index, but for those in `bad`; asked lists what was."""
+    asked = []
+
+    def submit(index):
+        asked.append(index)
+        return decoded(MediaError(f"{index}.mp4: broken") if index in bad else 2 * index)
+
+    loader = Loader(
+        num_items, submit, prepare or (lambda index, media, step, epoch: (index, media)),
+        lambda index: {"row": index, "problem_id": 100 + index},
+        **{"progress": Progress(), "rank": 0} | options,
+    )  # fmt: skip
+    loader.asked = asked
+    return loader
 
 
 @pytest.fixture
@@ -131,78 +122,90 @@ def one_process(monkeypatch):
     monkeypatch.setattr("torch.distributed.all_gather_object", gather)
 
 
-def test_samples_come_in_their_order_with_their_own_frames():
-    loader = make_loader(seed=3)
-    batches = [loader.take(4, step) for step in range(5)]
-    rows = [media.sample.row for batch in batches for media in batch]
-    assert rows == sample_order(20, 3, 0).tolist()
-    assert all(media.frames == f"{media.sample.row}.mp4" for batch in batches for media in batch)
+def test_items_come_epoch_by_epoch_each_in_its_order_and_with_its_own_media():
+    loader = make_loader(19, seed=3, prepare=lambda *all_of_them: all_of_them)
+    taken = [item for step in range(19) for item in loader.take(3, step)]
+    expected = [index for epoch in range(3) for index in item_order(19, 3, epoch).tolist()]
+    assert [index for index, _, _, _ in taken] == expected
+    assert all(media == 2 * index for index, media, _, _ in taken)
+    assert [step for _, _, step, _ in taken] == [place // 3 for place in range(57)]
+    assert [epoch for _, _, _, epoch in taken] == [place // 19 for place in range(57)]
 
 
 def test_two_steps_are_decoded_ahead():
     loader = make_loader(100)
     for step in range(4):
         loader.take(3, step)
-        assert len(loader.pool.asked) == 3 * (step + 1 + 2)
+        assert len(loader.asked) == 3 * (step + 1 + 2)
 
 
-def test_an_unusable_sample_is_replaced_by_the_next_of_the_ranks_stream(one_process):
-    order = sample_order(20, 0, 0).tolist()
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_the_items_of_a_step_do_not_depend_on_the_number_of_ranks(num_ranks):
+    progress = Progress(counts=(0,) * num_ranks)
+    loaders = [make_loader(10, progress=progress, rank=rank) for rank in range(num_ranks)]
+    for step in range(6):  # over two epochs
+        taken = [index for loader in loaders for index, _ in loader.take(4 // num_ranks, step)]
+        places = range(4 * step, 4 * step + 4)
+        assert sorted(taken) == sorted(
+            int(item_order(10, 0, place // 10)[place % 10]) for place in places
+        )
+
+
+def test_an_unusable_item_is_replaced_by_the_next_of_the_ranks_stream():
+    order = item_order(20, 0, 0).tolist()
     progress = Progress(counts=(0, 0))
     bad = {order[3], order[5], order[0]}  # the second and third of rank 1, the first of rank 0
     first, second = (make_loader(20, bad, progress=progress, rank=rank) for rank in range(2))
-    for loader, rows in (
+    for loader, expected in (
         (first, [order[2], order[4], order[6], order[8]]),
         (second, [order[1], order[7], order[9], order[11]]),
     ):
-        media = loader.take(2, 0) + loader.take(2, 1)
-        assert [one.sample.row for one in media] == rows
-        assert [one.frames for one in media] == [f"{row}.mp4" for row in rows]
+        assert loader.take(2, 0) + loader.take(2, 1) == [(index, 2 * index) for index in expected]
     assert (first.count, second.count) == (5, 6)
     assert second.skipped == [
-        {"step": 1, "rank": 1, "row": row, "problem_id": row, "path": f"{row}.mp4",
-         "reason": f"{row}.mp4: broken"}
-        for row in (order[3], order[5])
+        {"step": 1, "rank": 1, "row": index, "problem_id": 100 + index,
+         "reason": f"{index}.mp4: broken"}
+        for index in (order[3], order[5])
     ]  # fmt: skip
 
 
-def test_a_sample_that_the_stage_cannot_use_is_replaced_too():
-    def prepare(media, step):
-        if media.sample.row % 2:
+def test_an_item_that_the_stage_cannot_use_is_replaced_too():
+    def prepare(index, media, step, epoch):
+        if index % 2:
             raise UnusableSample("too long")
-        return media.sample.row, step
+        return index
 
     loader = make_loader(20, prepare=prepare)
-    order = sample_order(20, 0, 0).tolist()
-    assert loader.take(5, step=7) == [(row, 7) for row in order if row % 2 == 0][:5]
+    order = item_order(20, 0, 0).tolist()
+    assert loader.take(5, step=7) == [index for index in order if index % 2 == 0][:5]
     assert {record["reason"] for record in loader.skipped} == {"too long"}
     assert {record["step"] for record in loader.skipped} == {8}
 
 
-def test_another_error_is_not_taken_for_an_unusable_sample():
-    def prepare(media, step):
-        raise ValueError("a bug")
+@pytest.mark.parametrize("error", [ValueError, UserError])
+def test_another_error_is_not_taken_for_an_unusable_item(error):
+    def prepare(*_):
+        raise error("a bug, or the user's")
 
-    with pytest.raises(ValueError, match="a bug"):
+    with pytest.raises(error, match="a bug"):
         make_loader(prepare=prepare).take(1, 0)
 
 
-def test_sync_adds_up_and_a_new_loader_goes_on_from_there(one_process):
+def test_sync_adds_up_and_a_new_loader_continues_from_there(one_process):
     bad = (4, 9)
-    loader, records = make_loader(20, bad), []
-    rows = []
+    loader, records, taken = make_loader(20, bad), [], []
     for step in range(3):
-        rows += [media.sample.row for media in loader.take(3, step)]
+        taken += loader.take(3, step)
         records += loader.sync()
     again = make_loader(20, bad, progress=loader.progress)
-    rows += [media.sample.row for media in again.take(9, 3)]
+    taken += again.take(9, 3)
     records += again.sync()
-    assert sorted(rows) == sorted(set(range(20)) - set(bad))
+    assert sorted(index for index, _ in taken) == sorted(set(range(20)) - set(bad))
     assert sorted(record["row"] for record in records) == [4, 9]
     assert again.progress == Progress(counts=(20,), skipped=2)
 
 
-# (samples, unusable ones, --max_skipped, whether the run goes on over all of them)
+# (items, unusable ones, --max_skipped, whether all of them may be tried)
 LIMIT = {
     "ten": (100, 10, 0.01, True),
     "eleven": (100, 11, 0.01, False),
@@ -213,10 +216,10 @@ LIMIT = {
 }
 
 
-@pytest.mark.parametrize(("number", "bad", "max_skipped", "goes_on"), LIMIT.values(), ids=LIMIT)
-def test_too_many_unusable_samples_end_the_run(one_process, number, bad, max_skipped, goes_on):
+@pytest.mark.parametrize(("number", "bad", "max_skipped", "allowed"), LIMIT.values(), ids=LIMIT)
+def test_too_many_unusable_items_end_the_run(one_process, number, bad, max_skipped, allowed):
     # The unusable ones come last, so that the share is largest at the end.
-    order = sample_order(number, 0, 0).tolist()
+    order = item_order(number, 0, 0).tolist()
     loader = make_loader(number, order[number - bad - 1 : number - 1], max_skipped=max_skipped)
 
     def run():
@@ -225,26 +228,53 @@ def test_too_many_unusable_samples_end_the_run(one_process, number, bad, max_ski
             loader.sync()
             loader.check_skipped()
 
-    if goes_on:
+    if allowed:
         run()
         assert loader.progress == Progress(counts=(number,), skipped=bad)
     else:
-        with pytest.raises(ValueError, match=rf"^{bad} of \d+ samples could not be used") as error:
+        with pytest.raises(UserError, match=rf"^{bad} of \d+ samples could not be used") as error:
             run()
-        lines = str(error.value).splitlines()
-        assert len(lines) == 1 + bad
-        assert all(f"--max_skipped {max_skipped:g}" in line for line in lines[:1])
-        assert lines[1].endswith(".mp4: broken")
-        assert lines[1].startswith(f"  row {order[number - bad - 1]} (problem ")
+        first, *lines = str(error.value).splitlines()
+        assert f"--max_skipped {max_skipped:g}" in first
+        index = order[number - bad - 1]
+        assert lines[0] == f"  row {index} (problem {100 + index}): {index}.mp4: broken"
+        assert len(lines) == bad
 
 
-def test_nothing_but_unusable_samples_ends_at_once():
-    with pytest.raises(ValueError, match=r"^11 of 22 samples could not be used"):
+def test_nothing_but_unusable_items_ends_at_once():
+    with pytest.raises(UserError, match=r"^11 of 22 samples could not be used"):
         make_loader(50, range(50), progress=Progress(counts=(0, 0))).take(2, 0)
 
 
-def test_a_long_list_is_cut(one_process):
-    loader = make_loader(500, range(500), max_skipped=0.01)
-    loader.progress = Progress(counts=(3000,))
-    with pytest.raises(ValueError, match="and 11 more$"):
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_whole_pass_without_a_usable_item_ends_whatever_max_skipped_says(num_ranks):
+    """Fault 10: media that are not mounted were tried for ever, without a line."""
+    loader = make_loader(40, range(40), progress=Progress(counts=(0,) * num_ranks), max_skipped=1.0)
+    with pytest.raises(UserError, match="in two passes over the data:\n  row ") as caught:
+        loader.take(1, 0)
+    assert len(loader.skipped) == 80 // num_ranks + 1
+    assert str(caught.value).startswith(f"{80 // num_ranks + 1} samples in a row could not be used")
+
+
+def test_one_usable_item_in_a_pass_is_enough():
+    loader = make_loader(40, range(1, 40), max_skipped=1.0)
+    assert loader.take(3, 0) == [(0, 0)] * 3
+
+
+def test_a_stop_is_answered_while_an_item_is_awaited(monkeypatch):
+    """Fault 10: the first signal waited for an item that could be used."""
+    monkeypatch.setattr("infra.loader.POLL", 0.01)
+    looks = iter([False, False, True])
+    loader = make_loader()
+    loader.submit = lambda index: Future()  # a file that takes long to decode
+    begun = time.monotonic()
+    assert loader.take(1, 0, lambda: next(looks)) is None
+    assert time.monotonic() - begun < 5
+    bad = make_loader(40, range(40), max_skipped=1.0)
+    assert bad.take(1, 0, lambda: len(bad.skipped) == 3) is None
+
+
+def test_a_long_list_is_cut():
+    loader = make_loader(500, range(500), progress=Progress(counts=(3000,)))
+    with pytest.raises(UserError, match="and 11 more$"):
         loader.take(1, 0)
