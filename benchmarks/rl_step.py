@@ -1,16 +1,13 @@
 """Seconds, FLOPs and memory of one whole T-GRPO step by phase, beside a plain recipe.
 
-    python benchmarks/rl_step.py --model FOLDER --video CLIP --json step.json
-    python benchmarks/rl_step.py --model FOLDER --video CLIP --sweep --json sweep.json
+    python benchmarks/rl_step.py --model FOLDER --video VIDEO --json step.json
 
-A step: decode the clip, sample the ordered and the shuffled group, score, reference, forward,
+A step: decode the video, sample the ordered and the shuffled group, score, reference, forward,
 backward, AdamW. It runs the project's own functions on one process, sharded as a run is; the
 phases are split by timing calls inside them. Every response has exactly --max_new_tokens tokens,
 in both recipes: the end token that sampling looks for is replaced by one that it never draws, so
 that the softmax is what it was. The plain recipe (plain_recipe.py) takes the same step the way the
-official trainer does; the two take turns, on the same model and the same prompts.
-
-Needs nothing but the project on a CPU or on one GPU, and matplotlib for the figure of --sweep.
+official trainer does; the two alternate, on the same model and the same prompts.
 """
 
 import dataclasses
@@ -29,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import sampling
 import train_rl
-from benchmarks.counting import Load, decode_bytes, our_flops, plain_flops
+from benchmarks.counting import Load, decode_bytes, step_flops
 from benchmarks.measure import (
     Meter,
     copy_bandwidth,
@@ -40,10 +37,11 @@ from benchmarks.measure import (
     used_bytes,
 )
 from benchmarks.plain_recipe import copies_logprobs, plain_step
+from benchmarks.plan import GIB, PlanConfig, estimate
 from data import Media, Prompt, Sample, decode
 from infra.distributed import World, log, process_group, run_main, unsharded
 from infra.errors import require
-from infra.flags import FlagParser, flag
+from infra.flags import FlagParser, check_ranges, flag
 from infra.optim import make_optimizer
 from model import forbidden_tokens, group_logprobs, load_normalisation, load_tokenizer
 from train_rl import (
@@ -58,7 +56,7 @@ from train_rl import (
 
 # What the phases are called in the table, in the order of a step. A phase is without its parts.
 PHASES = {
-    "data": "data: decode the clip, make the prompts",
+    "data": "data: decode the video, make the prompts",
     "rollout": "rollout: gather and lay out weights, cache, texts",
     "rollout.vision": "rollout: vision tower",
     "rollout.prefill": "rollout: prefill",
@@ -71,14 +69,16 @@ PHASES = {
     "backward": "backward, recomputation included",
     "optimizer": "optimizer: clip, AdamW",
 }
-SWEEPS = {
-    "group_size": ("G (and G~ = G / 2)", (2, 4, 8, 16)),
-    "max_frames": ("frames", (4, 8, 16)),
-    "max_new_tokens": ("tokens of a response", (32, 64, 128, 256)),
-    "prompts_per_rank": ("prompts per rank", (1, 2, 4)),
+# Phases of PHASES and the ones of plan.py, the largest of which they should show.
+PLANNED = {
+    "rollout.prefill": ("prefill",),
+    "rollout.decode": ("decode",),
+    "reference": ("gather root", "reference"),
+    "forward": ("gather root", "forward"),
+    "backward": ("backward: logits", "backward: layers", "backward: root"),
+    "optimizer": ("optimizer",),
 }
 AGREEMENT = 1e-4  # nats, between plain and packed log-probabilities in float32
-GIB = 2**30
 
 
 @dataclass
@@ -86,19 +86,17 @@ class StepConfig:
     """Flags of the benchmark. A name of RLConfig's means what it means there."""
 
     model: str = flag("", "model folder or Hub id")
-    video: str = flag("", "clip; a short one is shown again until it has --max_frames frames")
-    max_new_tokens: int = flag(64, "tokens of every response")
-    group_size: int = flag(8, "G, responses to the ordered frames")
-    shuffled_group_size: int = flag(4, "G~, responses to the shuffled frames")
-    max_frames: int = flag(16, "frames of the clip, an even number")
-    max_pixels: int = flag(32 * 28 * 28, "pixels of a frame at most")
-    prompts_per_rank: int = flag(1, "prompts in the step")
+    video: str = flag("", "video; a short one repeats until it has --max_frames frames")
+    max_new_tokens: int = flag(64, "tokens of every response", low=1)
+    group_size: int = flag(8, "G, responses to the ordered frames", low=2)
+    shuffled_group_size: int = flag(4, "G~, responses to the shuffled frames", low=1)
+    max_frames: int = flag(16, "frames of the video, an even number", low=2)
+    max_pixels: int = flag(32 * 28 * 28, "pixels of a frame at most", low=4 * 28 * 28)
+    prompts_per_rank: int = flag(1, "prompts in the step", low=1)
     activation_checkpointing: bool = flag(True, "recompute each layer in the backward pass")
-    repeats: int = flag(3, "steps of each recipe, of which the median counts")
+    repeats: int = flag(3, "steps of each recipe, of which the median counts", low=1)
     plain: bool = flag(True, "take the plain recipe's steps too")
     json: str = flag("", "file for the results")
-    sweep: bool = flag(False, "how our step grows with G, frames, tokens and prompts, instead")
-    figure: str = flag("sweep.png", "PNG file for the figure of --sweep")
 
     def rl_config(self) -> RLConfig:
         """The settings as train_rl.py takes them."""
@@ -106,13 +104,11 @@ class StepConfig:
         return RLConfig(**{key: value for key, value in vars(self).items() if key in names})
 
     def check(self) -> None:
-        """Raises ValueError naming the first flag whose value makes no sense."""
+        """Raise UserError naming the first flag whose value makes no sense."""
+        check_ranges(self)
         require(self.model, "--model is missing: a model folder or a Hub id")
-        require(self.video, "--video is missing: the clip to take the step on")
+        require(self.video, "--video is missing: the video to take the step on")
         require(self.max_frames % 2 == 0, "--max_frames must be even: frames come in pairs")
-        require(self.repeats >= 1, "--repeats must be at least 1")
-        require(self.figure.lower().endswith(".png"), "--figure must end with .png")
-        self.rl_config().check()
 
 
 @dataclass(frozen=True)
@@ -139,7 +135,7 @@ def load_system(config: RLConfig, world: World) -> System:
 
 
 def read_prompts(system: System, config: RLConfig, video: str, step: int) -> list[list[Prompt]]:
-    """The clip, decoded anew for each prompt, in order and shuffled.
+    """The video, decoded anew for each prompt, in order and shuffled.
 
     In a run worker processes decode ahead of the step, so that this phase is shorter there.
     """
@@ -301,6 +297,20 @@ def count_threads(machine: dict) -> str:
     return "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
 
 
+def planned_memory(system: System, config: StepConfig, load: Load) -> dict[str, float]:
+    """GiB that plan.py expects in each phase, to be set beside the measured peaks."""
+    names = {item.name for item in dataclasses.fields(PlanConfig)}
+    shared = {key: value for key, value in vars(config).items() if key in names}
+    shared["text_tokens"] = load.prompt_tokens[0] - load.tokens()["vision"] // len(load.grids)
+    shared["max_pixels"] = 14**2 * load.grids[0][1] * load.grids[0][2]  # as the video has them
+    flags = PlanConfig(**shared | {"num_gpus": 1, "prompts_per_step": config.prompts_per_rank})
+    phases = estimate(system.policy.config, flags, on_gpu=system.world.device.type == "cuda")
+    return {
+        phase: max(sum(phases[name].values()) for name in names) / GIB
+        for phase, names in PLANNED.items()
+    }
+
+
 def num_decode_weights(model) -> int:
     """Parameters that a decoded token reads: layers, final norm, lm_head."""
     inner = model.model.language_model
@@ -331,16 +341,13 @@ def compare(system: System, config: StepConfig, machine: dict) -> dict:
             measured[name].append(one)
             log(f"step {step} {name}: {sum(measured[name][-1]['seconds'].values()):.2f} s")
     load: Load = measured["ours"][0]["load"]
-    counts = {"ours": our_flops, "plain": plain_flops}
-    results: dict = {
-        name: summarise(
-            steps,
-            alone[name],
-            counts[name](system.policy.config, load, config.activation_checkpointing),
-            machine,
+    results: dict = {}
+    for name, steps in measured.items():
+        flops = step_flops(
+            system.policy.config, load, name == "plain", config.activation_checkpointing
         )
-        for name, steps in measured.items()
-    }
+        results[name] = summarise(steps, alone[name], flops, machine)
+    results["ours"]["planned_gib_by_phase"] = planned_memory(system, config, load)
     needed = decode_bytes(
         system.policy.config, load, num_decode_weights(system.policy), machine["itemsize"]
     )
@@ -384,6 +391,9 @@ def table(results: dict, machine: dict) -> str:
     ])  # fmt: skip
     row("peak memory, GiB", [f"{results[name]['peak_gib']:.2f}" for name in names])
     row("of it before the step", [f"{results[name]['before_gib']:.2f}" for name in names])
+    for phase, planned in results["ours"]["planned_gib_by_phase"].items():
+        found = results["ours"]["peak_gib_by_phase"][phase]
+        row(f"  {PHASES[phase]}", [f"{found:.2f}, planned {planned:.2f}"])
     tokens = results["tokens"]
     sampled = tokens["sampled"] / results["ours"]["total_seconds"]
     lines += [
@@ -403,78 +413,6 @@ def table(results: dict, machine: dict) -> str:
             f"agree to {results['agreement_nats']:.1e}"
         )
     return "\n".join(lines)
-
-
-# ----------------------------------------------------------------------------------------- sweep
-
-
-def sweep(system: System, config: StepConfig) -> dict[str, list[dict]]:
-    """Our step along each axis of SWEEPS: a list of results, the axis' value among them."""
-    base = config.rl_config()
-    measure_step(our_step, system, dataclasses.replace(base, max_new_tokens=2), config.video, 0)
-    known: dict[str, dict] = {}  # the common point of the axes is measured once
-
-    def point(settings: RLConfig) -> dict:
-        key = json.dumps(dataclasses.asdict(settings))
-        if key not in known:
-            alone = measure_step(our_step, system, settings, config.video, step=0)
-            steps = [
-                measure_step(our_step, system, settings, config.video, step, release=False)
-                for step in range(1, config.repeats + 1)
-            ]
-            totals = [sum(one["seconds"].values()) for one in steps]
-            middle = steps[totals.index(statistics.median_low(totals))]
-            known[key] = {
-                "seconds": middle["seconds"],
-                "total_seconds": sum(middle["seconds"].values()),
-                "peak_gib": alone["peak"] / GIB,
-                "tokens": middle["load"].tokens(),
-            }
-        return known[key]
-
-    results: dict[str, list[dict]] = {}
-    for axis, (_, values) in SWEEPS.items():
-        results[axis] = []
-        for value in values:
-            changes = {axis: value}
-            if axis == "group_size":
-                changes["shuffled_group_size"] = value // 2
-            found = point(dataclasses.replace(base, **changes))
-            results[axis].append({"value": value, **found})
-            log(f"{axis} {value}: {found['total_seconds']:.2f} s, {found['peak_gib']:.2f} GiB")
-    return results
-
-
-def draw(results: dict[str, list[dict]], title: str):
-    """A matplotlib Figure: per axis the step's seconds, stacked by phase, and linear growth."""
-    from matplotlib.figure import Figure  # here, so that all else needs no matplotlib
-
-    parts = {"data": "#999999", "rollout": "#0072B2", "reference": "#E69F00", "update": "#009E73"}
-    of_update = ("forward", "backward", "optimizer")
-
-    def seconds(result: dict, part: str) -> float:
-        names = of_update if part == "update" else (part,)
-        return sum(
-            value for phase, value in result["seconds"].items() if phase.split(".")[0] in names
-        )
-
-    figure = Figure((10, 7), layout="constrained")
-    for axes, (axis, points) in zip(figure.subplots(2, 2).flat, results.items(), strict=True):
-        x = [point["value"] for point in points]
-        total = [point["total_seconds"] for point in points]
-        heights = [[seconds(point, part) for point in points] for part in parts]
-        axes.stackplot(x, heights, labels=list(parts), colors=list(parts.values()), alpha=0.75)
-        axes.plot(x, total, "o-", color="black", label="whole step")
-        linear = [total[0] * value / x[0] for value in x]
-        axes.plot(x, linear, "--", color="#D55E00", label="growing linearly")
-        axes.set(
-            xlabel=SWEEPS[axis][0], ylabel="seconds", xticks=x, ylim=(0, 1.05 * max(linear + total))
-        )
-        axes.set_xlim(x[0], x[-1])
-        axes.grid(alpha=0.3)
-    figure.axes[0].legend(loc="upper left", frameon=False)
-    figure.suptitle(title)
-    return figure
 
 
 # ---------------------------------------------------------------------------------- command line
@@ -499,22 +437,13 @@ def measure(config: StepConfig, world: World) -> dict:
     machine = machine_facts(world.device)
     system = load_system(config.rl_config(), world)
     num_parameters = sum(parameter.numel() for parameter in system.policy.parameters())
-    results: dict = {
+    results = {
         "settings": dataclasses.asdict(config),
         "machine": machine,
         "num_parameters": num_parameters,
+        **compare(system, config, machine),
     }
-    if config.sweep:
-        results["sweep"] = sweep(system, config)
-        title = (
-            f"One T-GRPO step, {num_parameters / 1e6:.0f} M parameters, {machine['device']} "
-            f"({count_threads(machine)}), {machine['compute_dtype']}"
-        )
-        draw(results["sweep"], title).savefig(config.figure, dpi=120)
-        log(f"figure written to {config.figure}")
-    else:
-        results |= compare(system, config, machine)
-        log(table(results, machine))
+    log(table(results, machine))
     return results
 
 
