@@ -30,7 +30,7 @@ from data import Sample
 from infra.distributed import run
 from infra.errors import MediaError, UnusableSample, UserError, require
 from infra.flags import FlagParser, flag
-from infra.video import FACTOR, DecoderPool, check_file
+from infra.video import DecoderPool, check_file
 from model import forbidden_tokens, load_tokenizer, require_room, resolve_folder
 
 # The categories of Figure 2: data_type, rows in Video-R1-260k, and by what a row is known: a folder
@@ -62,7 +62,8 @@ CATEGORY_OF = {
     for name in names
 }
 MOST_FAULTS, MOST_COUNTS = 20, 60  # lines of a list and of a table
-ONE_TOKEN = np.zeros((1, FACTOR, FACTOR, 3), np.uint8)  # frames of one vision token
+SIDE = data.PATCH * data.MERGE  # pixels
+ONE_TOKEN = np.zeros((1, SIDE, SIDE, 3), np.uint8)  # frames of one vision token
 
 File = tuple[str, str]  # data_type and path: decoded once, however many rows ask about it
 
