@@ -62,7 +62,8 @@ CATEGORY_OF = {
     for name in names
 }
 MOST_FAULTS, MOST_COUNTS = 20, 60  # lines of a list and of a table
-ONE_TOKEN = np.zeros((1, FACTOR, FACTOR, 3), np.uint8)  # frames of one vision token
+SIDE = data.PATCH * data.MERGE  # pixels
+ONE_TOKEN = np.zeros((1, SIDE, SIDE, 3), np.uint8)  # frames of one vision token
 
 File = tuple[str, str]  # data_type and path: decoded once, however many rows ask about it
 
