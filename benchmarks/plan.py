@@ -41,7 +41,7 @@ from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalG
 
 from benchmarks import counting
 from benchmarks.counting import Load, cache_bytes_per_token
-from infra.distributed import run
+from infra.distributed import run_main
 from infra.errors import require
 from infra.flags import FlagParser, check_ranges, flag
 from model import LOGITS_PER_BLOCK, MIN_BLOCK, resolve_folder
@@ -519,4 +519,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -26,7 +26,7 @@ from transformers import AutoConfig
 
 import data
 from config import MediaConfig
-from data import FACTOR, Sample
+from data import Sample
 from infra.distributed import run_main
 from infra.errors import MediaError, UnusableSample, UserError, require
 from infra.flags import FlagParser, flag
