@@ -18,7 +18,7 @@ vision block, and the root with embedding, lm_head, final norm, patch embedding 
                                  backward: the policy's root is not resharded in between
                         saved    with checkpointing the input of each layer and block, and all of
                                  one of them again in the backward pass; without, all of all
-                        logits   a block of the vocabulary at a time (model.LOGITS_PER_BLOCK), in
+                        logits   a block of the vocabulary at a time (fused.LOGITS_PER_BLOCK), in
                                  float32 and as the matrix product gives and takes them
                         4 P / W  gradients; a group's are c before, and 4 in the reduction
 
@@ -49,7 +49,7 @@ from benchmarks.measure import keep_no_freed_memory, release_memory, used_bytes
 from infra.distributed import World, log, process_group, run
 from infra.errors import require
 from infra.flags import FlagParser, flag
-from infra.fused import LOGITS_PER_BLOCK, MIN_BLOCK
+from infra.fused import block_width
 from model import resolve_folder
 
 GIB = 2**30
@@ -291,8 +291,8 @@ def in_flight(config: Qwen2_5_VLConfig, tokens: int, patches: int, keys: int, c:
 
 
 def block_logits(config: Qwen2_5_VLConfig, num_tokens: int, on_gpu: bool) -> int:
-    """Logits of one block of the vocabulary (model.TokenLogprobs): numbers."""
-    width = max(MIN_BLOCK, LOGITS_PER_BLOCK["cuda" if on_gpu else "cpu"] // num_tokens)
+    """Logits of one block of the vocabulary (fused.TokenLogprobs): numbers."""
+    width = block_width(num_tokens, "cuda" if on_gpu else "cpu")
     return num_tokens * min(width, config.get_text_config().vocab_size)
 
 
@@ -340,7 +340,7 @@ def rollout_phases(config, flags: MemoryConfig, groups: Groups, row: Pass) -> di
     pixels = orders * row.num_prompts * row.patches * 1176 * (4 + c)
     whole = {"whole weights (unsharded)": c * groups.numel}
     head = text.vocab_size * text.hidden_size
-    laid_out = {} if c == 2 else {"lm_head laid out for the CPU": c * head}  # sampling.fast_linear
+    laid_out = {} if c == 2 else {"lm_head laid out for the CPU": c * head}  # fused.fast_linear
     return {
         "prefill": whole | {
             "key-value cache": prefilled * per_token,
