@@ -512,6 +512,14 @@ def test_a_wrong_flag_is_named(module, argv, message):
         module.parse_flags(argv.split())
 
 
+@pytest.mark.parametrize(("name", "message"), [
+    ("./nowhere", "neither a folder nor a Hub id"), (__file__, "is no config.json"),
+])  # fmt: skip
+def test_a_model_that_is_none_is_named(name, message):
+    with pytest.raises(UserError, match=message):
+        plan.load_config(name)
+
+
 def test_another_models_config_is_refused(tmp_path):
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"model_type": "llama"}))
