@@ -118,15 +118,6 @@ def release_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def keep_no_freed_memory() -> None:
-    """From now on a freed tensor's memory leaves the process at once, which the C library would
-    rather keep for tensors below 32 MiB: what is resident is then what is in use. Slow."""
-    if sys.platform == "linux":
-        m_mmap_threshold, m_mmap_max = -3, -4  # glibc's malloc.h
-        ctypes.CDLL(None).mallopt(m_mmap_threshold, 2**20)
-        ctypes.CDLL(None).mallopt(m_mmap_max, 2**20)
-
-
 def _status(kind: str) -> int:
     """Bytes of one line of /proc/self/status."""
     lines = Path("/proc/self/status").read_text().splitlines()

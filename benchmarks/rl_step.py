@@ -306,8 +306,8 @@ def planned_memory(system: System, config: StepConfig, load: Load) -> dict[str, 
     flags = PlanConfig(**shared | {"num_gpus": 1, "prompts_per_step": config.prompts_per_rank})
     phases = estimate(system.policy.config, flags, on_gpu=system.world.device.type == "cuda")
     return {
-        phase: max(sum(phases[name].values()) for name in names) / GIB
-        for phase, names in PLANNED.items()
+        phase: max(sum(phases[part].values()) for part in parts) / GIB
+        for phase, parts in PLANNED.items()
     }
 
 

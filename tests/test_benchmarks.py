@@ -10,15 +10,14 @@ from pathlib import Path
 import plain
 import pytest
 import torch
-from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2_5_VLConfig
 
 import model as model_module
 import sampling
-from benchmarks import counting, measure, memory, plain_recipe, rl_step
+from benchmarks import counting, measure, plain_recipe, plan, rl_step
 from benchmarks.counting import Load
-from infra.distributed import process_group
+from infra.errors import UserError
 from infra.optim import make_optimizer
 from model import enable_packing, load_model, load_tokenizer, pack_groups
 from sampling import sample_groups
@@ -104,58 +103,6 @@ def test_both_recipes_take_a_step_and_write_what_they_promise(
     assert "plain / ours:" in shown
 
 
-def test_a_sweep_measures_every_point_once_and_draws_four_panels(
-    base, clip, tmp_path, monkeypatch, capsys
-):
-    points = {"group_size": (2, 3), "max_frames": (2, 4), "max_new_tokens": (2, TOKENS),
-              "prompts_per_rank": (1, 2)}  # fmt: skip
-    axes = {axis: (rl_step.SWEEPS[axis][0], values) for axis, values in points.items()}
-    monkeypatch.setattr(rl_step, "SWEEPS", axes)
-    taken = []
-
-    def spy(system, batch, config, meter, our_step=rl_step.our_step):
-        taken.append((config.group_size, config.shuffled_group_size, config.max_frames,
-                      config.max_new_tokens, config.prompts_per_rank))  # fmt: skip
-        our_step(system, batch, config, meter)
-
-    monkeypatch.setattr(rl_step, "our_step", spy)
-    machine = {"device": "CPU", "threads": 1, "compute_dtype": "float32"}
-    monkeypatch.setattr(rl_step, "machine_facts", lambda _: machine)
-    figure = tmp_path / "sweep.png"
-    config = rl_step.parse_flags(
-        flags(base, clip, "--max_frames", 4, "--sweep", "--figure", figure)
-    )
-    with process_group() as world:
-        results = rl_step.measure(config, world)
-    expected = [  # the point that the axes share comes once
-        (2, 1, 4, 4, 1), (3, 1, 4, 4, 1), (3, 2, 2, 4, 1), (3, 2, 4, 4, 1), (3, 2, 4, 2, 1),
-        (3, 2, 4, 4, 2),
-    ]  # fmt: skip
-    # After a step that warms up, one for the memory and one for the seconds of each point.
-    assert taken[1:] == [point for point in expected for _ in range(2)]
-    for axis, values in points.items():
-        assert [point["value"] for point in results["sweep"][axis]] == list(values)
-    assert len(rl_step.draw(results["sweep"], "title").axes) == 4
-    assert Image.open(figure).size == (1200, 840)
-
-
-FAULTS = {
-    "no-model": (["--video", "x.mp4"], "--model is missing"),
-    "no-clip": (["--model", "x"], "--video is missing"),
-    "odd-frames": (["--model", "x", "--video", "y", "--max_frames", "5"], "--max_frames"),
-    "no-repeats": (["--model", "x", "--video", "y", "--repeats", "0"], "--repeats"),
-    "one-response": (["--model", "x", "--video", "y", "--group_size", "1"], "--group_size"),
-    "figure": (["--model", "x", "--video", "y", "--figure", "a.pdf"], "--figure"),
-    "unknown": (["--model", "x", "--video", "y", "--rounds", "3"], "--rounds"),
-}
-
-
-@pytest.mark.parametrize(("arguments", "message"), FAULTS.values(), ids=FAULTS)
-def test_a_wrong_flag_is_named(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        rl_step.parse_flags(arguments)
-
-
 # ------------------------------------------------------------------------------------ measure.py
 
 
@@ -180,21 +127,6 @@ def test_a_phase_has_its_own_seconds_and_memory(monkeypatch):
         wait(8)
     assert meter.seconds == {"outer": 13, "inner": 2}
     assert meter.peaks["inner"] - meter.peaks["outer"] > 2**27
-
-
-def test_patches_end_with_their_block():
-    class Owner:
-        def name(self):
-            return "class"
-
-    owner = Owner()
-    with measure.patched(owner, "name", lambda: "block"):
-        assert owner.name() == "block"
-    assert (owner.name(), vars(owner)) == ("class", {})
-    owner.name = lambda: "own"
-    with pytest.raises(KeyError), measure.patched(owner, "name", None):
-        raise KeyError
-    assert owner.name() == "own"
 
 
 # ------------------------------------------------------------------------------------ counting.py
@@ -239,7 +171,7 @@ def test_flops_of_a_pass_equal_those_of_the_kernels(toy, prompts):
     pack = pack_groups(prompts, [[torch.tensor([5, 6, 7, 8])] * GROUP] * 2)
     forbidden = model_module.forbidden_tokens(config)
     found = counted_flops(lambda: toy.packed_logprobs(pack, forbidden))
-    flops = counting.our_flops(config, load)
+    flops = counting.step_flops(config, load)
     # A response's square holds the prompt and all of the response.
     saved = uncounted_half(config, load.prompt_tokens) + uncounted_half(config, [TOKENS] * 6)
     assert found == flops["forward"] + flops["forward.vision"] + saved
@@ -255,7 +187,7 @@ def test_flops_of_a_rollout_equal_those_of_the_kernels(toy, base, prompts, monke
     tokenizer = load_tokenizer(base)
     found = counted_flops(lambda: sample_groups(toy, tokenizer, prompts, keys, TOKENS))
     load, length = load_of(prompts[:1]), len(prompts[0].input_ids)
-    flops = counting.our_flops(toy.config, load)
+    flops = counting.step_flops(toy.config, load)
     expected = sum(count for phase, count in flops.items() if phase.startswith("rollout"))
     assert found == expected + uncounted_half(toy.config, [length, length])
 
@@ -269,7 +201,7 @@ def test_flops_of_the_plain_recipe_equal_those_of_the_kernels(toy, base, prompts
         for one, size in ((prompt, GROUP), (other, SHUFFLED)):
             rollouts.append(plain_recipe.generate(toy, tokenizer, one, size, TOKENS))
 
-    flops = counting.plain_flops(config, load)
+    flops = counting.step_flops(config, load, plain=True)
     expected = sum(count for phase, count in flops.items() if phase.startswith("rollout"))
     length = len(prompt.input_ids)
     saved = uncounted_half(config, [length] * (GROUP + SHUFFLED))
@@ -312,14 +244,14 @@ def test_recomputation_by_hand(toy):
     config = toy.config
     layers = counting.language_flops(config, 3, 1 + 2 * 2)
     head = counting.head_flops(config, 2)
-    assert counting.our_flops(config, load)["recompute"] == layers + head
-    assert counting.our_flops(config, load, checkpointing=False)["recompute"] == head
-    assert counting.plain_flops(config, load, checkpointing=False)["recompute"] == 0
+    assert counting.step_flops(config, load)["recompute"] == layers + head
+    assert counting.step_flops(config, load, checkpointing=False)["recompute"] == head
+    assert counting.step_flops(config, load, True, False)["recompute"] == 0
 
 
 def test_a_frozen_tower_is_passed_forward_alone(toy):
     load = Load(((4, 4, 4),), (20,), 2, 2, 3)
-    flops = counting.our_flops(toy.config, load, freeze_vision=True)
+    flops = counting.step_flops(toy.config, load, freeze_vision=True)
     assert flops["backward"] == 2 * flops["forward"]
     assert flops["forward.vision"] > 0
 
@@ -347,7 +279,7 @@ def test_weights_of_a_decoded_token_are_all_but_vision_and_embedding(toy):
     assert rl_step.num_decode_weights(toy) == total - others
 
 
-# -------------------------------------------------------------------------------------- memory.py
+# -------------------------------------------------------------------------------------- plan.py
 
 # Total; root: embedding and lm_head (one of them if tied), final norm, patch embedding, merger.
 PATCH_EMBED, NORM = 1280 * 3 * 2 * 14 * 14, 1280
@@ -361,17 +293,17 @@ PUBLISHED = {
     (name, *numbers) for name, numbers in PUBLISHED.items()
 ])  # fmt: skip
 def test_parameters_of_the_official_models(name, total, text_root, width):
-    groups = memory.count_groups(memory.load_config(name))
+    groups = plan.count_groups(plan.load_config(name))
     merger = NORM + 5120 * 5120 + 5120 + 5120 * width + width
     assert groups.numel == total
-    assert groups.root_vision.numel == PATCH_EMBED + merger
+    assert groups.vision_root.numel == PATCH_EMBED + merger
     assert groups.root.numel == text_root + PATCH_EMBED + merger
     assert len(groups.blocks) == 32
 
 
 def test_groups_of_the_toy_are_those_that_fsdp_gathers(toy, base):
-    config = memory.load_config(base)
-    groups = memory.count_groups(config)
+    config = plan.load_config(base)
+    groups = plan.count_groups(config)
 
     def numel(module):
         return sum(parameter.numel() for parameter in module.parameters())
@@ -382,20 +314,7 @@ def test_groups_of_the_toy_are_those_that_fsdp_gathers(toy, base):
     assert groups.numel == numel(toy)
     frozen = groups.trainable_shard(1, freeze_vision=True)
     assert groups.trainable_shard(1, freeze_vision=False) - frozen == numel(inner.visual)
-    assert memory.count_groups(memory.load_config(f"{base}/config.json")) == groups
-
-
-SHARDS = {  # shapes, GPUs, numbers of the first rank
-    "even": (((8, 3),), 4, 6),
-    "rounded-up": (((9, 3), (5,)), 4, 3 * 3 + 2),
-    "fewer-rows-than-ranks": (((2, 3),), 8, 3),
-    "alone": (((9, 3), (5,)), 1, 32),
-}
-
-
-@pytest.mark.parametrize(("shapes", "num_gpus", "expected"), SHARDS.values(), ids=SHARDS)
-def test_shards_by_hand(shapes, num_gpus, expected):
-    assert memory.Group(shapes).shard(num_gpus) == expected
+    assert plan.count_groups(plan.load_config(f"{base}/config.json")) == groups
 
 
 @pytest.mark.parametrize("freeze_vision", [False, True], ids=["all", "frozen-vision"])
@@ -409,8 +328,8 @@ def test_optimizer_state_is_eight_bytes_a_number(base, freeze_vision):
     optimizer.step()
     state = [value for one in optimizer.state.values() for value in one.values()]
     found = sum(value.nbytes for value in state if value.numel() > 1)
-    options = memory.MemoryConfig(model=base, num_gpus=1, freeze_vision=freeze_vision)
-    phases = memory.estimate(model.config, options, on_gpu=False)
+    options = plan.PlanConfig(num_gpus=1, prompts_per_step=1, freeze_vision=freeze_vision)
+    phases = plan.estimate(model.config, options, on_gpu=False)
     assert phases["optimizer"]["AdamW, two moments"] == found
     assert phases["optimizer"]["gradients, float32"] * 2 == found
 
@@ -471,20 +390,21 @@ class BlockPass:
 @pytest.mark.parametrize("part", ["layer", "block"])
 def test_saved_activations_equal_what_autograd_keeps(base, part, dtype):
     model = load_model(base, CPU, dtype)
-    row = memory.Pass(1, 37, 192, 3, 7, dtype.itemsize)
+    load = Load(((2, 8, 12),), (37,), 3, 0, 7)
     if part == "layer":
-        expected = memory.saved_by_layer(model.config, row)
+        expected = counting.saved_by_layer(model.config, load, dtype.itemsize)
         assert saved_bytes(model, LayerPass(model, dtype)) == expected
     else:
-        assert saved_bytes(model, BlockPass(model, dtype)) == memory.saved_by_block(
-            model.config, row
-        )
+        expected = counting.saved_by_block(model.config, load, dtype.itemsize)
+        assert saved_bytes(model, BlockPass(model, dtype)) == expected
 
 
-def test_the_papers_run_by_hand():
-    phases = memory.estimate(memory.load_config("7B"), memory.MemoryConfig())
-    numbers = 8_292_166_656
-    decode = phases["decode"]
+# ------------------------------------------------------------------------------- plan.py, by hand
+
+
+def test_memory_of_the_papers_run_by_hand():
+    phases = plan.estimate(plan.load_config("7B"), plan.PlanConfig())
+    numbers, decode = 8_292_166_656, phases["decode"]
     # All first dimensions of the 7B model but the vision MLPs' 3420 are multiples of 8.
     padding = 32 * 2 * 4 * (1280 + 1)  # rows of gate and up: 3420 / 8 is 427.5
     assert decode["policy, float32, shard"] == 4 * (numbers + padding) // 8
@@ -495,65 +415,124 @@ def test_the_papers_run_by_hand():
     # the prompt's last token, which generate runs again.
     tokens = 2 * (8 * 128 + 200) + 12 * (8 * 128 + 199 + 768)
     assert decode["key-value cache"] == tokens * 2 * 28 * 512 * 2
+    # 16 validated prompts, one row each.
+    validated = 16 * (8 * 128 + 200)
+    assert phases["validation"]["key-value cache"] in (
+        validated * 2 * 28 * 512 * 2,  # the prefill's, or decoding's
+        (validated + 16 * (8 * 128 + 199 + 768)) * 2 * 28 * 512 * 2,
+    )
     # With checkpointing the inputs of 28 layers and 32 blocks; a packed row of 1224 + 8 * 768.
     inputs = 2 * (28 * (1224 + 8 * 768) * 3584 + 32 * 8 * 512 * 1280)
     assert phases["forward"]["saved activations"] == inputs
 
 
-def test_the_verdict_names_the_flags_that_help():
-    config = memory.load_config("7B")
-    options = memory.MemoryConfig(activation_checkpointing=False, gpu_gib=40, prompts_per_rank=2)
-    assert memory.verdict(config, options).endswith("--activation_checkpointing true")
-    # One GPU would hold 14 bytes for each of 8.3e9 numbers.
-    options = memory.MemoryConfig(num_gpus=1, gpu_gib=24)
-    assert "no flag of this program makes it fit" in memory.verdict(config, options)
-    assert memory.fitting_flags(config, memory.MemoryConfig())[0] == {}
-
-
-def test_the_estimate_is_compared_with_a_real_step(base, capsys):
-    options = memory.MemoryConfig(
-        model=base, max_new_tokens=4, max_frames=4, max_pixels=6272, group_size=2,
-        shuffled_group_size=1,
-    )  # fmt: skip
-    with process_group() as world:
-        results = memory.check(options, world)
-    assert list(results) == ["kept", *memory.MEASURED]
-    # 4 + 8 + 4 bytes for each of the toy's 844,736 parameters.
-    assert results["kept"][1] == 16 * 844_736
-    assert all(expected > 0 for _, expected in results.values())
-    assert "backward           measured" in capsys.readouterr().out
-
-
-MEMORY_FAULTS = {
-    "no-gpus": (["--num_gpus", "0"], "--num_gpus"),
-    "no-memory": (["--gpu_gib", "0"], "--gpu_gib"),
-    "no-model": (["--model", "./nowhere"], "neither a folder nor a Hub id"),
-    "no-config": (["--model", __file__], "is no config.json"),
+PEAKS = {  # model, flags: GiB of a step and with validation
+    "7B-8x80": ("7B", {}, 30.4, 32.8),
+    "7B-4x80": ("7B", {"num_gpus": 4, "prompts_per_step": 4}, 44.0, 46.3),
+    "3B-1x80": ("3B", {"num_gpus": 1, "prompts_per_step": 1}, 66.4, 66.4),
 }
 
 
-@pytest.mark.parametrize(("arguments", "message"), MEMORY_FAULTS.values(), ids=MEMORY_FAULTS)
-def test_a_wrong_model_or_number_is_named(arguments, message, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["memory.py", *arguments])
-    with pytest.raises(ValueError, match=message):
-        memory.main()
+@pytest.mark.parametrize(("name", "flags", "step", "validated"), PEAKS.values(), ids=PEAKS)
+def test_peaks_of_the_official_models(name, flags, step, validated):
+    config = plan.load_config(name)
+    for validation, expected in ((False, step), (True, validated)):
+        options = plan.PlanConfig(**flags, validation=validation)
+        found = plan.peak(plan.estimate(config, options))[1] / 2**30
+        assert found == pytest.approx(expected, abs=0.06)
 
 
-def test_the_readmes_commands_are_known(toy_folder):
-    text = (Path(memory.__file__).parent / "README.md").read_text()
-    commands = [line.split() for line in text.splitlines() if line.startswith("python benchmarks/")]
-    assert {command[1] for command in commands} == {
-        "benchmarks/rl_step.py", "benchmarks/memory.py"
-    }  # fmt: skip
-    for command in commands:
-        parse = rl_step.parse_flags if "rl_step" in command[1] else memory.parse_flags
-        parse(command[2:])
+def test_the_verdict_names_the_flags_that_help():
+    config = plan.load_config("7B")
+    options = plan.PlanConfig(activation_checkpointing=False, gpu="A100-40")
+    assert plan.verdict(config, options).endswith("--activation_checkpointing true")
+    # One GPU would hold 14 bytes for each of 8.3e9 numbers.
+    options = plan.PlanConfig(num_gpus=1, gpu="A100-40")
+    assert "no flag of this program makes it fit" in plan.verdict(config, options)
+    assert plan.fitting_flags(config, plan.PlanConfig())[0] == {}
+
+
+def test_seconds_of_the_papers_run_by_hand():
+    parts = plan.seconds(plan.load_config("7B"), plan.PlanConfig())
+    # Decoding: 28 layers of 42 kernels, 768 times; reading the weights takes less.
+    assert parts["rollout: decode"] == pytest.approx((768 * 1176 * 27e-6, 768 * 1176 * 18e-6))
+    # The reference passes 7368 tokens through 6.5e9 parameters, 2 FLOPs each, 6144 of them through
+    # the vocabulary's 0.545e9; attention and the vision tower add a sixth.
+    flops = 2 * (7368 * 6.525e9 + 6144 * 0.545e9)
+    for seconds, efficiency in zip(parts["reference"], (0.3, 0.6), strict=True):
+        assert 1 < seconds / (flops / 312e12 / efficiency) < 1.2
+    assert all(slow >= fast >= 0 for slow, fast in parts.values())
+
+
+NUMBERS, ROOT = 8_292_166_656, 1_136_078_080  # of the 7B model, and its root group
+TRAFFIC = {  # flags: bytes over NVLink and over the network
+    # The rollout's and three passes' weights in 2 bytes, all but one root; gradients in 4.
+    "one-node": ({}, ((12 * NUMBERS - 2 * ROOT) * 7 / 8, 0)),
+    "alone": ({"num_gpus": 1}, (0, 0)),
+    "two-nodes": ({"num_gpus": 16, "prompts_per_step": 16},
+                  ((12 * NUMBERS - 2 * ROOT) * 7 / 8, (12 * NUMBERS - 2 * ROOT) / 2 / 8)),
+    # Each GPU's eighth of the gradients is reduced over 64 nodes: sent and received.
+    "64-replicas": ({"num_gpus": 512, "prompts_per_step": 512, "replicas": 64},
+                    ((12 * NUMBERS - 2 * ROOT) * 7 / 8, 2 * 4 * NUMBERS / 8 * 63 / 64)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("flags", "expected"), TRAFFIC.values(), ids=TRAFFIC)
+def test_traffic_by_hand(flags, expected):
+    options = plan.PlanConfig(**{"prompts_per_step": 8} | flags)
+    if options.num_gpus == 1:
+        options.prompts_per_step = 1
+    groups = plan.count_groups(plan.load_config("7B"))
+    assert groups.root.numel == ROOT
+    assert tuple(plan.traffic(groups, options).values()) == pytest.approx(expected)
+
+
+def test_a_report_says_what_was_assumed(capsys, monkeypatch):
+    argv = "plan.py --model 3B --num_gpus 512 --prompts_per_step 512 --replicas 64 --gpu H100"
+    monkeypatch.setattr(sys, "argv", argv.split())
+    plan.main()
+    printed = capsys.readouterr().out
+    assert "512 x H100: fits" in printed and "GPU-hours" in printed
+    assert "30% to 60% of compute" in printed and "No figure here was measured" in printed
+
+
+FAULTS = {
+    "unknown-flag": (rl_step, "--model x --video y --rounds 3", "--rounds"),
+    "no-video": (rl_step, "--model x", "--video is missing"),
+    "odd-frames": (rl_step, "--model x --video y --max_frames 5", "--max_frames"),
+    "uneven-share": (plan, "--num_gpus 16", "--prompts_per_step 8"),
+    "too-many-gpus": (plan, "--num_gpus 1024", "--num_gpus"),
+    "unknown-gpu": (plan, "--gpu B200", "--gpu"),
+}
+
+
+@pytest.mark.parametrize(("module", "argv", "message"), FAULTS.values(), ids=FAULTS)
+def test_a_wrong_flag_is_named(module, argv, message):
+    with pytest.raises(UserError, match=message):
+        module.parse_flags(argv.split())
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("./nowhere", "neither a folder nor a Hub id"), (__file__, "is no config.json"),
+])  # fmt: skip
+def test_a_model_that_is_none_is_named(name, message):
+    with pytest.raises(UserError, match=message):
+        plan.load_config(name)
 
 
 def test_another_models_config_is_refused(tmp_path):
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(ValueError, match="not a Qwen2.5-VL: it is a 'llama'"):
-        memory.load_config(str(file))
-    file.write_text(json.dumps(Qwen2_5_VLConfig(**memory.OFFICIAL["3B"]).to_dict()))
-    assert memory.count_groups(memory.load_config(str(file))).numel == PUBLISHED["3B"][0]
+    with pytest.raises(UserError, match="not a Qwen2.5-VL: it is a 'llama'"):
+        plan.load_config(str(file))
+    file.write_text(json.dumps(Qwen2_5_VLConfig(**plan.OFFICIAL["3B"]).to_dict()))
+    assert plan.count_groups(plan.load_config(str(file))).numel == PUBLISHED["3B"][0]
+
+
+def test_the_readmes_commands_are_known():
+    text = (Path(plan.__file__).parent / "README.md").read_text()
+    commands = [line.split() for line in text.splitlines() if line.startswith("python benchmarks/")]
+    modules = {"benchmarks/rl_step.py": rl_step, "benchmarks/plan.py": plan}
+    assert {command[1] for command in commands} == set(modules)
+    for command in commands:
+        modules[command[1]].parse_flags(command[2:])
