@@ -191,7 +191,7 @@ def evaluate(config: EvalConfig, world: World, is_toy: bool) -> list[dict]:
             results[path, order] = Results(
                 folder, f"{Path(path).stem}.{order}",
                 made_by | {"order": order, "data_sha256": file_sha256(path)}, world, batches,
-                ["model_fingerprint"], config.overwrite, partial(any_decodes, config, batches),
+                {"model_fingerprint"}, config.overwrite, partial(any_decodes, config, batches),
             )  # fmt: skip
     if not all(result.finished for result in results.values()):
         tokenizer = load_tokenizer(config.model)
