@@ -52,9 +52,8 @@ from evaluation.answering import (
 )
 from evaluation.results import (
     Results,
-    describe,
-    differences,
     file_sha256,
+    is_made_by,
     library_versions,
     read_records,
     read_summary,
@@ -281,12 +280,9 @@ def make_room(out: Path, made_by: dict, overwrite: bool) -> None:
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}") from None
     if out.exists():
-        old = (read_summary(report_file(out)) or {}).get("provenance")
-        if changed := differences(old or {}, made_by):
-            what = f"was made with {describe(changed)}" if old else "has no report of what made it"
-            require(overwrite, f"{out} {what}: name another --out, or replace it by "
-                    "--overwrite true")  # fmt: skip
-            log(f"{out} {what}: replaced")
+        require(overwrite or report_file(out).exists(), f"{out} has no report of what made it: "
+                "name another --out, or replace it by --overwrite true")  # fmt: skip
+        is_made_by(report_file(out), made_by, overwrite=overwrite)
 
 
 def write(out: Path, tries: Results, made_by: dict, config: AnnotateConfig) -> None:

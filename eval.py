@@ -183,7 +183,8 @@ def evaluate(config: EvalConfig, world: World, is_toy: bool) -> list[dict]:
     template = load_template(config.prompt_template)
     made_by = provenance(config, NOT_IN_RECORDS, world, template)
     folder = results_folder(config)
-    main_does(world, lambda: keep_apart(folder, config.model, made_by["model_fingerprint"]))
+    known = {"path": model_path(config.model), "fingerprint": made_by["model_fingerprint"]}
+    main_does(world, lambda: check_model(folder / "model.json", known))
     orders, results = config.order.split(","), {}
     for path in config.data:
         batches = fixed_batches(samples[path], config.batch_size)
@@ -191,12 +192,13 @@ def evaluate(config: EvalConfig, world: World, is_toy: bool) -> list[dict]:
             results[path, order] = Results(
                 folder, f"{Path(path).stem}.{order}",
                 made_by | {"order": order, "data_sha256": file_sha256(path)}, world, batches,
-                ["model_fingerprint"], config.overwrite, partial(any_decodes, config, batches),
+                {"model_fingerprint"}, config.overwrite, partial(any_decodes, config, batches),
             )  # fmt: skip
     if not all(result.finished for result in results.values()):
         tokenizer = load_tokenizer(config.model)
         prompt_options = {"template": template, **load_normalisation(config.model)}
         model = load_for_answers(config.model, world, config.sharded_generation)
+        main_does(world, lambda: write_model(folder / "model.json", known))
     summaries = []
     with DecoderPool(config.num_workers, config.decode_timeout) as pool:
         for (path, order), result in results.items():
@@ -218,27 +220,25 @@ def results_folder(config: EvalConfig) -> Path:
     return Path(config.output_dir) / (name or Path(config.model).resolve().name)
 
 
-def keep_apart(folder: Path, model: str, fingerprint: str) -> None:
-    """Note in <folder>/model.json which model's results are there. On rank 0.
-
-    Raises:
-        UserError: another model's; its name may read the same, as ./m and ../m do.
-    """
-    file = folder / "model.json"
-    known = {"path": model_path(model), "model_fingerprint": fingerprint}
+def check_model(file: Path, known: dict[str, str]) -> None:
+    """Raise UserError if a folder's model.json names another model than the one that is known by
+    its path and fingerprint: its name may read the same, as ./m and ../m do."""
     found = read_summary(file)
     if found is None:
-        found = known
-    require(found.keys() >= known.keys(), f"{file} does not say whose results these are")
-    if found["path"] != known["path"]:
-        require(found["model_fingerprint"] == fingerprint, f"{folder} has results of another model "
-                f"than {known['path']}, {found['path']}: name another --output_dir")  # fmt: skip
         return
+    require(found.keys() >= known.keys(), f"{file} does not say whose results these are")
+    require(any(found[key] == known[key] for key in known), f"{file.parent} has results of another "
+            f"model than {known['path']}, {found['path']}: name another --output_dir")  # fmt: skip
+
+
+def write_model(file: Path, known: dict[str, str]) -> None:
+    """Note whose results a folder holds; a copy of that model leaves the note as it is."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(file, known)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if (read_summary(file) or known)["path"] == known["path"]:
+            write_json(file, known)
     except OSError as error:
-        raise UserError(f"--output_dir {folder.parent}: {error.strerror}") from None
+        raise UserError(f"--output_dir {file.parent.parent}: {error.strerror}") from None
 
 
 def compute(

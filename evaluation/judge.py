@@ -181,7 +181,7 @@ def judge(
         batches = [chosen[at : at + batch_size] for at in range(0, len(chosen), batch_size)]
         provenance = made_by | {"results_sha256": file_sha256(file)}
         jobs[file] = Results(file.parent, f"{file.stem}.judge", provenance, world, batches,
-                             ["model_fingerprint", "results_sha256"], overwrite)  # fmt: skip
+                             {"model_fingerprint", "results_sha256"}, overwrite)  # fmt: skip
     if not all(results.finished for results in jobs.values()):
         tokenizer = load_tokenizer(name)
         model = load_for_answers(name, world, sharded)

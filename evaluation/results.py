@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib import metadata
@@ -89,12 +89,6 @@ def differences(old: dict, new: dict) -> dict[str, tuple]:
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def describe(changed: dict[str, tuple]) -> str:
-    """The differences in words: "max_frames 16 and not 32"."""
-    return ", ".join(f"{name} {old!r:.60} and not {new!r:.60}" for name, (old, new) in
-                     changed.items())  # fmt: skip
-
-
 def write_whole(path: Path, text: str) -> None:
     """Write a file that is whole or not there, whenever the process is killed."""
     unfinished = path.with_name(f".{path.name}")
@@ -138,6 +132,30 @@ def read_summary(path: Path) -> dict | None:
     return summary
 
 
+def is_made_by(
+    file: Path, provenance: dict, replaceable: Set[str] = frozenset(), overwrite: bool = False,
+    log: Callable[[str], None] = log,
+) -> bool:
+    """Whether a summary or settings file is there and has this provenance.
+
+    Raises:
+        UserError: it has another one, which differs in more than what is replaceable, and is not
+            to be overwritten; names the differences.
+    """
+    content = read_summary(file)
+    if content is None or content.get("provenance") == provenance:
+        return content is not None
+    old = content.get("provenance") or {}
+    changed = differences(old, provenance)
+    words = ", ".join(f"{name} {before!r:.60} and not {now!r:.60}"
+                      for name, (before, now) in changed.items())  # fmt: skip
+    what = f"{file} has results of {words if old else 'unknown settings'}"
+    require(overwrite or (old and changed.keys() <= replaceable),
+            f"{what}: write elsewhere, or replace it by --overwrite true")  # fmt: skip
+    log(f"{what}: replaced")
+    return False
+
+
 class Results:
     """One results file, finished or in progress.
 
@@ -158,12 +176,12 @@ class Results:
 
     def __init__(
         self, folder: Path, name: str, provenance: dict, world: World, batches: list[list],
-        replaceable: Sequence[str] = (), overwrite: bool = False,
+        replaceable: Set[str] = frozenset(), overwrite: bool = False,
         retry: Callable[[set[int]], bool] = lambda rows: False,
     ):  # fmt: skip
         self.name, self.world, self.batches = name, world, batches
         self.provenance = json.loads(json.dumps(provenance))  # as it will be read: no tuples
-        self.replaceable, self.overwrite, self.retries = set(replaceable), overwrite, False
+        self.replaceable, self.overwrite, self.retries = replaceable, overwrite, False
         self.records_file = folder / f"{name}.jsonl"
         self.summary_file = folder / f"{name}.summary.json"
         self.partial = folder / f"{name}.partial"
@@ -182,21 +200,7 @@ class Results:
         return finished
 
     def _is_ours(self, file: Path, log: Callable[[str], None]) -> bool:
-        """Whether these settings made what a summary or a settings file is about.
-
-        Raises:
-            UserError: others did, and it is not to be replaced; names the difference.
-        """
-        content = read_summary(file)
-        if content is None or content.get("provenance") == self.provenance:
-            return content is not None
-        old = content.get("provenance") or {}
-        changed = differences(old, self.provenance)
-        what = f"{file} has results {describe(changed) if old else 'of unknown settings'}"
-        require(self.overwrite or (old and changed.keys() <= self.replaceable),
-                f"{what}: write elsewhere, or replace it by --overwrite true")  # fmt: skip
-        log(f"{what}: replaced")
-        return False
+        return is_made_by(file, self.provenance, self.replaceable, self.overwrite, log)
 
     def _found(self, log: Callable[[str], None] = lambda line: None) -> dict[int, list[dict]]:
         """The records on disk that these settings made, by batch."""

@@ -17,7 +17,7 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 import eval as evaluation
-from data import load_samples
+from data import ORDERS
 from eval import EvalConfig, evaluate, parse_command
 from evaluation import answering
 from infra.distributed import process_group
@@ -27,7 +27,7 @@ from sampling import Rollout
 
 # ------------------------------------------------------------------- a benchmark of eight items
 
-MISSING = 2  # the row whose clip is not there
+MISSING = 2  # the row whose video is not there
 # What the model is made to say to each row; None for the row that it never sees.
 ANSWERS = ["{right}", "Z", None, "{right}", "28", "{right}", "{right}", ""]
 EXPECTED_SCORES = [1.0, 0.0, None, 1.0, 0.8, 1.0, 1.0, 0.0]
@@ -84,7 +84,7 @@ def one_process(monkeypatch):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """Puts ANSWERS in the model's mouth; a list of (prompts, arguments), one for each batch."""
+    """Makes the model answer ANSWERS; a list of (prompts, arguments), one for each batch."""
     batches = []
 
     def answer(model, tokenizer, prompts, keys, *arguments, **named):
@@ -118,21 +118,6 @@ def read_results(folder: str | Path) -> tuple[dict[str, str], list[dict], dict]:
     return files, [json.loads(line) for line in items.splitlines()], json.loads(summary)
 
 
-@pytest.mark.parametrize("where", [".", "Evaluation"], ids=["holds-Evaluation", "is-Evaluation"])
-def test_rows_are_found_where_the_root_is_or_holds_evaluation(benchmark, where):
-    samples = load_samples(benchmark / "Evaluation/eval_tiny.json", benchmark / where)
-    assert [Path(sample.path).is_file() for sample in samples] == [
-        number != MISSING for number in range(len(samples))
-    ]
-
-
-def test_rows_are_found_without_a_data_root(benchmark):
-    """`--data Evaluation/eval_tiny.json`, whose rows say ./Evaluation/..."""
-    samples = load_samples(benchmark / "Evaluation/eval_tiny.json")
-    assert sum(Path(sample.path).is_file() for sample in samples) == len(samples) - 1
-    assert [sample.extra["original_question_type"] for sample in samples[:2]] == ["t0", "t1"]
-
-
 def test_scores_and_result_files(settings, asked):
     (summary,) = evaluate_here(settings)
     files, items, written = read_results(settings.output_dir)
@@ -157,9 +142,7 @@ def test_scores_and_result_files(settings, asked):
     assert (written["model"], written["benchmark"]) == (settings.model, "eval_tiny")
     assert written["order"] == "ordered"
     assert written["settings"] == asdict(settings)
-    assert len(written["provenance"]["model_fingerprint"]) == 64
-    assert len(written["provenance"]["data_sha256"]) == 64
-    assert "{question}" in written["provenance"]["template"]
+    assert {"model_fingerprint", "data_sha256", "template"} <= set(written["provenance"])
     assert {"torch", "transformers"} <= set(written["versions"])
     assert (written["n"], written["accuracy"]) == (4, 0.5)  # rows 0, 1, 3, 7
     assert {kind: part["n"] for kind, part in written["by_type"].items()} == {
@@ -180,7 +163,7 @@ def test_scores_and_result_files(settings, asked):
 
 def test_decoding_is_what_the_flags_say(settings, asked):
     evaluate_here(settings)
-    assert [len(prompts) for prompts, _, _ in asked] == [2, 3, 2]  # of 3, 3, 2, one clip missing
+    assert [len(prompts) for prompts, _, _ in asked] == [2, 3, 2]  # of 3, 3, 2, one video missing
     assert all(arguments == (6, 0.01, 0.001) for _, _, arguments in asked)
     assert all(len(row_keys) == 1 for _, keys, _ in asked for row_keys in keys)
     everything = [key for _, keys, _ in asked for (key,) in keys]
@@ -211,7 +194,7 @@ def test_each_order_shows_the_frames_in_that_order(settings, asked):
     }
     for row in (0, 1, 6, 7):
         frames = {order: frames_of(patches[row]) for order, patches in shown.items()}
-        assert len(set(frames["ordered"])) == 8, "a clip whose frames all differ"
+        assert len(set(frames["ordered"])) == 8, "a video whose frames all differ"
         assert frames["reversed"] == frames["ordered"][::-1]
         assert frames["shuffled"] != frames["ordered"]
         assert sorted(frames["shuffled"]) == sorted(frames["ordered"])
@@ -262,15 +245,10 @@ def test_several_orders_and_the_gap_between_them(settings, asked, capsys):
 
 def test_a_gap_is_found_when_its_second_half_comes_later(settings, asked):
     evaluate_here(settings)
-    assert not list(Path(settings.output_dir).rglob("*.gap.*"))
+    evaluate_here(replace(settings, order="reversed", max_frames=4))  # not comparable
     evaluate_here(replace(settings, order="single"))
-    assert len(list(Path(settings.output_dir).rglob("eval_tiny.gap.single.json"))) == 1
-
-
-def test_no_gap_between_results_of_different_flags(settings, asked):
-    evaluate_here(settings)
-    evaluate_here(replace(settings, order="single", max_frames=4))
-    assert not list(Path(settings.output_dir).rglob("*.gap.*"))
+    gaps = [path.name for path in Path(settings.output_dir).rglob("*.gap.*")]
+    assert gaps == ["eval_tiny.gap.single.json"]
 
 
 # ------------------------------------------------------------------------------ finished results
@@ -387,7 +365,7 @@ def test_items_are_tried_again_once_their_files_are_there(
 
 
 def command(*argv: str) -> None:
-    """What `python eval.py ARGV` does, in this process; an error is a ValueError."""
+    """What `python eval.py ARGV` does, in this process; an error is a UserError."""
     before = sys.argv
     sys.argv = ["eval.py", *map(str, argv)]
     try:
@@ -406,8 +384,6 @@ def command_line(config: EvalConfig, **changes: str) -> list[str]:
     "argv, expected",
     [
         pytest.param("", (16, 256 * 784, 0.01, 0.001), id="none"),
-        pytest.param("--preset paper-16", (16, 256 * 784, 0.01, 0.001), id="16"),
-        pytest.param("--preset paper-32", (32, 256 * 784, 0.01, 0.001), id="32"),
         pytest.param("--preset=paper-64", (64, 256 * 784, 0.01, 0.001), id="64"),
         pytest.param("--preset paper-32 --max_frames 8", (8, 256 * 784, 0.01, 0.001), id="frames"),
         pytest.param("--max_pixels 784 --preset paper-64 --top_p 1 --min_pixels 784",
@@ -434,7 +410,7 @@ def test_benchmarks_are_found_below_the_root(tmp_path, where):
     assert not is_toy
     assert [Path(path) for path in config.data] == [folder / "eval_vsibench.json",
                                                     folder / "eval_mmvu.json"]  # fmt: skip
-    with pytest.raises(ValueError, match="mvbench") as caught:
+    with pytest.raises(UserError, match="mvbench") as caught:
         parse_command([*argv[:3], "mmvu,mvbench", *argv[4:]])
     assert str(tmp_path / "eval_mvbench.json") in str(caught.value)
     assert str(tmp_path / "Evaluation/eval_mvbench.json") in str(caught.value)
@@ -448,9 +424,9 @@ def test_benchmarks_are_found_below_the_root(tmp_path, where):
         pytest.param("--model m --benchmarks gqa --data_root .", "'gqa'", id="unknown"),
         pytest.param("--model m --benchmarks mmvu --data x", "exclude", id="data-and-benchmarks"),
         pytest.param("--table a --compare b c", "exclude", id="two-modes"),
-        pytest.param("--video x --question q", "--video needs --model", id="clip-without-model"),
-        pytest.param("--model m --video none.mp4 --question q", "--video none.mp4", id="no-clip"),
-        pytest.param("--model m --image . --question q", "--image .", id="folder-as-picture"),
+        pytest.param("--video x --question q", "--video needs --model", id="video-without-model"),
+        pytest.param("--model m --video none.mp4 --question q", "--video none.mp4", id="no-video"),
+        pytest.param("--model m --image . --question q", "--image .", id="folder-as-image"),
         pytest.param("--model m --video README.md", "--question", id="no-question"),
         pytest.param("--model m --vidoe x", "--video?", id="misspelt"),
         pytest.param("--compare a", "two", id="one-to-compare"),
@@ -476,7 +452,7 @@ def test_benchmarks_are_found_below_the_root(tmp_path, where):
 )
 def test_a_wrong_command_is_one_line(argv, words, monkeypatch):
     monkeypatch.chdir(ROOT)
-    with pytest.raises(ValueError) as caught:  # noqa: PT011  the words follow
+    with pytest.raises(UserError) as caught:  # noqa: PT011  the words follow
         command(*argv.split())
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -513,26 +489,17 @@ def test_compare_two_folders(two_models, capsys):
     assert "multiple choice              -66.7 [" in printed
     assert "OCR                          +100.0 [" in printed
     assert "they differ in" not in printed
-
-
-def test_compare_two_files_of_two_orders(two_models, capsys):
-    a, b = (next(two_models[0].glob(f"*.{order}.jsonl")) for order in ("ordered", "single"))
-    command("--compare", a, b)
-    printed = capsys.readouterr().out
-    assert "benchmark's score  +0.0 [" in printed
-    assert "they differ in order: 'ordered' and 'single'" in printed
+    command("--compare", *(next(two_models[0].glob(f"*.{kind}.jsonl")) for kind in ORDERS[::3]))
+    assert "they differ in order: 'ordered' and 'single'" in capsys.readouterr().out
+    with pytest.raises(UserError, match="several models"):
+        command("--compare", two_models[0].parent, two_models[0])
 
 
 def test_results_of_two_data_files_are_not_compared(two_models):
     file = next(two_models[1].glob("*.ordered.summary.json"))
     file.write_text(file.read_text().replace('"data_sha256": "', '"data_sha256": "0'))
-    with pytest.raises(ValueError, match="two versions of the data file eval_tiny"):
+    with pytest.raises(UserError, match="two versions of the data file eval_tiny"):
         command("--compare", *two_models)
-
-
-def test_compare_wants_one_model_on_a_side(two_models, settings):
-    with pytest.raises(ValueError, match="several models"):
-        command("--compare", settings.output_dir, two_models[0])
 
 
 def test_table_1_from_summaries(settings, asked, tmp_path, capsys):
@@ -550,9 +517,9 @@ def test_table_1_from_summaries(settings, asked, tmp_path, capsys):
     assert "1 of 4 items are unusable" in lines[4]
 
 
-def test_one_clip_and_one_picture(settings, benchmark, asked, capsys, monkeypatch):
+def test_one_video_and_one_image(settings, benchmark, asked, capsys, monkeypatch):
     rows = json.loads(Path(settings.data[0]).read_text())
-    clip, picture = (str(benchmark / rows[number]["path"]) for number in (0, 3))
+    video_file, image_file = (str(benchmark / rows[number]["path"]) for number in (0, 3))
 
     def reply(model, tokenizer, prompts, keys, *arguments):
         asked.append(prompts[0])
@@ -562,10 +529,10 @@ def test_one_clip_and_one_picture(settings, benchmark, asked, capsys, monkeypatc
 
     monkeypatch.setattr(evaluation, "sample_groups", reply)
     shared = ("--model", settings.model, "--max_frames", "4", "--question")
-    command(*shared, "Which way?", "--video", clip, "--options", "A. left", "B. right")
+    command(*shared, "Which way?", "--video", video_file, "--options", "A. left", "B. right")
     assert capsys.readouterr().out == "Reasoning: I see.\n\nAnswer: A\n"
     dist.is_initialized() and dist.destroy_process_group()
-    command(*shared, "How many?", "--image", picture)
+    command(*shared, "How many?", "--image", image_file)
     assert capsys.readouterr().out.splitlines() == [
         "The response has no <answer>..</answer>, cut at --max_new_tokens 768:", "Four.",
     ]  # fmt: skip
@@ -576,10 +543,10 @@ def test_one_clip_and_one_picture(settings, benchmark, asked, capsys, monkeypatc
     assert not image.is_video
 
 
-def test_a_clip_that_is_none_is_named(settings, benchmark):
+def test_a_file_that_is_not_a_video_is_named(settings, benchmark):
     garbage = benchmark / "garbage.mp4"
-    garbage.write_bytes(b"not a clip" * 1000)
-    with pytest.raises(ValueError, match="garbage.mp4: not a video"):
+    garbage.write_bytes(b"not a video" * 1000)
+    with pytest.raises(UserError, match="garbage.mp4: not a video"):
         command("--model", settings.model, "--question", "What?", "--video", garbage)
 
 
@@ -618,7 +585,7 @@ def brief_model(toy_folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rows_file(toy_folder, tmp_path_factory):
-    """A function from a number to a data file of so many rows: questions that share clips, a clip
+    """A function from a number to a data file of so many rows: questions that share clips, a video
     that is not there, pictures."""
 
     def make(count):
@@ -713,7 +680,7 @@ def test_without_models_one_line_says_what_to_run(
 ):
     link_toy(tmp_path, toy_folder, *stages)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=to_run):
+    with pytest.raises(UserError, match=to_run):
         command()
     first_line = capsys.readouterr().out.splitlines()[0]
     assert "toy" in first_line

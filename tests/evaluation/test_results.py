@@ -34,7 +34,7 @@ class Killed(BaseException):
 
 
 def open_results(folder, world, overwrite=False, retry=lambda rows: False, **changes):
-    return Results(folder, NAME, PROVENANCE | changes, world, BATCHES, ["model_fingerprint"],
+    return Results(folder, NAME, PROVENANCE | changes, world, BATCHES, {"model_fingerprint"},
                    overwrite, retry)  # fmt: skip
 
 
