@@ -57,9 +57,10 @@ def check_file(path):
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         raise MediaError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
     if not stat.S_ISREG(info.st_mode):
-        raise MediaError(f"{path}: not a regular file")
+        kind = "a directory" if stat.S_ISDIR(info.st_mode) else "a FIFO, socket or device"
+        raise MediaError(f"{path}: {kind}, not a regular file")
     if info.st_size == 0:
-        raise MediaError(f"{path}: empty")
+        raise MediaError(f"{path}: empty, zero bytes")
 
 
 def media_error(path, error):

@@ -180,11 +180,6 @@ def test_missing_keys_that_may_be_missing(tmp_path):
     assert (first.problem_id, second.problem_id) == (0, 1)  # the row's number
 
 
-@pytest.mark.parametrize("process", [None, ""])
-def test_blank_process(tmp_path, process):
-    assert load_one(tmp_path, process=process).process == ""
-
-
 @pytest.mark.parametrize(
     ("written", "expected"),
     [
@@ -296,7 +291,7 @@ def test_broken_file_is_named(tmp_path, content, reason):
     file.write_bytes(content)
     with pytest.raises(ValueError) as error:  # noqa: PT011  the message is checked below
         data.load_samples(file)
-    assert str(error.value).startswith(str(file))
+    assert str(file) in str(error.value)
     assert reason in str(error.value)
 
 
@@ -369,10 +364,6 @@ def test_own_template_asks_for_the_tags_and_has_a_line_per_type(problem_type):
     assert "{" not in text
 
 
-def test_question_without_options():
-    assert data.question_text(make_sample(options=()), "Q: {question}") == "Q: " + ROW["problem"]
-
-
 @pytest.mark.parametrize(
     "problem",
     [
@@ -387,6 +378,13 @@ def test_braces_in_a_question_are_left_as_they_are(problem):
     text = data.question_text(sample, "{answer_format} | {question} | {answer_format} {other}")
     line = data.ANSWER_FORMATS["multiple choice"]
     assert text == f"{line} | {problem} | {line} {{other}}"
+
+
+def test_every_placeholder_of_a_template_is_replaced():
+    sample = make_sample(problem="Why {question}?", options=())
+    text = data.question_text(sample, "{question} | {answer_format} | {question}")
+    line = data.ANSWER_FORMATS["multiple choice"]
+    assert text == f"Why {{question}}? | {line} | Why {{question}}?"
 
 
 @pytest.mark.parametrize("path", [None, ""])
@@ -734,21 +732,6 @@ def test_patchify_is_the_slow_loop(num_frames, height, width):
     np.testing.assert_array_equal(frames, before)
 
 
-def test_patchify_of_other_memory_layouts():
-    frames = torch.from_numpy(noise(4, 28, 56))
-    expected, _ = data.patchify(frames)
-    channels_first = frames.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
-    assert torch.equal(data.patchify(channels_first)[0], expected)
-    single = frames[:1].expand(4, -1, -1, -1)
-    assert torch.equal(data.patchify(single)[0], data.patchify(single.contiguous())[0])
-
-
-def test_odd_number_of_frames_repeats_the_last():
-    frames = noise(3)
-    repeated = np.concatenate([frames, frames[-1:]])
-    assert torch.equal(data.patchify(frames)[0], data.patchify(repeated)[0])
-
-
 @pytest.mark.parametrize(("height", "width"), [(30, 28), (28, 42)])
 def test_patchify_wants_whole_tokens(height, width):
     with pytest.raises(AssertionError, match="multiples of 28"):
@@ -777,20 +760,6 @@ def test_patchify_is_transformers_image_processor(height, width):
 
 
 # ------------------------------------------------------------------------------- decoded samples
-
-
-def test_media_makes_its_prompt(tokenizer):
-    media = data.Media(make_sample(), numbered(4), 0.25)
-    prompt = media.prompt(tokenizer, "reversed", template="{question}")
-    expected = data.make_prompt(
-        media.sample, tokenizer, (media.frames, 0.25), "reversed", template="{question}"
-    )
-    assert torch.equal(prompt.input_ids, expected.input_ids)
-    assert frames_of(prompt) == [3, 2, 1, 0]
-    assert prompt.seconds_per_grid == 0.5
-    shuffled = media.prompt(tokenizer, "shuffled", seeded(4))
-    expected = data.make_prompt(media.sample, tokenizer, media.frames, "shuffled", seeded(4))
-    assert frames_of(shuffled) == frames_of(expected)
 
 
 class RecordingPool:

@@ -1,14 +1,8 @@
-"""Whatever a policy emits or a data file holds: a defined reward, or an error that names the row.
-
-    python tests/test_fuzz.py        10,000 responses and 1,000 rows; prints the slowest
-"""
+"""Whatever a policy emits or a data file holds: a defined reward, or an error naming the row."""
 
 import json
 import math
 import random
-import sys
-import tempfile
-import time
 from pathlib import Path
 
 from data import load_samples, question_text
@@ -100,12 +94,6 @@ def check_row(row: object, folder: Path) -> bool:
     return True
 
 
-def timed(function, *args) -> tuple[float, object]:
-    begun = time.perf_counter()
-    result = function(*args)
-    return time.perf_counter() - begun, result
-
-
 def test_any_response_has_a_reward():
     generator = random.Random(1)
     for _ in range(1000):
@@ -116,19 +104,3 @@ def test_any_row_is_a_sample_or_a_named_error(tmp_path):
     generator = random.Random(2)
     usable = sum(check_row(random_row(generator), tmp_path) for _ in range(1000))
     assert 100 < usable < 900  # both happen
-
-
-def main() -> None:
-    generator = random.Random(int(sys.argv[1]) if len(sys.argv) > 1 else 0)
-    responses = [random_response(generator) for _ in range(10_000)]
-    slowest = max(timed(check_response, text)[0] for text in responses)
-    print(f"10,000 responses of up to {max(map(len, responses)):,} characters, each through all "
-          f"five rewards and the format: the slowest took {slowest:.3f} s")  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        found = [timed(check_row, random_row(generator), Path(folder)) for _ in range(1000)]
-    print(f"1,000 rows: {sum(usable for _, usable in found)} usable, the others named; the slowest "
-          f"took {max(seconds for seconds, _ in found):.3f} s")  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()
