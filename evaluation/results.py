@@ -10,7 +10,6 @@ data, and the flags that change what is written. Records of two provenances are 
 that was interrupted resumes on any number of ranks, which must all see the folder.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -20,13 +19,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import TextIO
 
 import torch.distributed as dist
 from tqdm import tqdm
 
 from infra.distributed import World, log, main_does, on_main
 from infra.errors import UserError, require
+from infra.run import claim
 from model import HUB_FILES, resolve_folder
 
 Batch = tuple[int | None, list]  # its number, None where a rank has no work, and its items
@@ -63,24 +62,6 @@ def library_versions() -> dict[str, str]:
         with suppress(metadata.PackageNotFoundError):  # decord or decord2
             installed[name] = metadata.version(name)
     return installed
-
-
-def claim(lock: Path, what: str) -> TextIO:
-    """Hold a lock file until what this returns is closed or the process ends.
-
-    Raises:
-        UserError: another process holds it, or it cannot be written; names `what`.
-    """
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        file = lock.open("w")
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another run is writing to {what}") from None
-    except OSError as error:
-        raise UserError(f"{what} cannot be locked: {error.strerror}") from None
-    require(os.fstat(file.fileno()).st_nlink, f"another run has just finished {what}: start again")
-    return file
 
 
 def differences(old: dict, new: dict) -> dict[str, tuple]:

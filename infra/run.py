@@ -65,6 +65,8 @@ def claim(lock: Path, what: str) -> TextIO:
         raise UserError(f"another run is writing to {what}") from None
     except OSError as error:
         raise UserError(f"{what}: {error.strerror}") from None
+    # Whoever holds a lock may delete it: then this one is of a file that is gone.
+    require(os.fstat(file.fileno()).st_nlink, f"another run has just finished {what}: start again")
     return file
 
 
