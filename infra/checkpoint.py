@@ -18,6 +18,7 @@ and config of the folder that training started from: what transformers 5 would w
 import json
 import os
 import shutil
+import time
 import zlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -90,6 +91,7 @@ class Checkpoints:
         self.pending: Future | None = None
         self.pending_step = 0
         self.saved_step = 0  # of the last one that save was called for
+        self.seconds = 0.0  # on rank 0: from the call of save until the checkpoint was visible
 
     def paths(self) -> list[Path]:
         """The visible checkpoints, the newest first."""
@@ -108,6 +110,7 @@ class Checkpoints:
             UserError: the save before this one has failed.
         """
         self.wait()
+        begun = time.monotonic()
         step = run["step"]
         hidden = self.folder / f".step_{step:06d}"
 
@@ -127,10 +130,14 @@ class Checkpoints:
         )
         self.pending, self.pending_step = written, step
         if self.world.is_main:
-            self.pending = self.finisher.submit(self._finish, written, run, before_visible)
+            self.pending = self.finisher.submit(
+                self._finish, written, run, before_visible, begun
+            )
         self.saved_step = step
 
-    def _finish(self, written: Future, run: dict, before_visible: Callable[[], None]) -> None:
+    def _finish(
+        self, written: Future, run: dict, before_visible: Callable[[], None], begun: float
+    ) -> None:
         """Rank 0, in the background: make visible what all ranks have written."""
         name = f"step_{run['step']:06d}"
         hidden = self.folder / f".{name}"
@@ -146,6 +153,7 @@ class Checkpoints:
                 self._delete(self.folder / name)
             os.replace(hidden, self.folder / name)
             sync_folder(self.folder)
+            self.seconds = time.monotonic() - begun
             self._prune()
         except (OSError, CheckpointException):
             shutil.rmtree(hidden, ignore_errors=True)  # gives a full disk its room back
