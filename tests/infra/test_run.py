@@ -124,6 +124,12 @@ def test_a_killed_run_resumes_to_the_same_end(toy, undisturbed, tmp_path, at_ste
     assert kills.outcome(tmp_path / "run") == kills.outcome(undisturbed)
 
 
+def test_the_model_has_a_card(toy, undisturbed):
+    card = (undisturbed / "model/README.md").read_text()
+    assert all(words in card for words in (str(toy / "base"), "sft.json", "6 of 2 prompts"))
+    assert "`learning_rate` | 0.001" in card and "`loss` |" in card
+
+
 def test_a_torn_last_line_is_repaired(toy, undisturbed, tmp_path):
     run_killed(toy, tmp_path / "run", 5)
     file = tmp_path / "run/metrics.jsonl"
