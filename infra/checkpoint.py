@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shutil
+import time
 import zlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -83,6 +84,7 @@ class Checkpoints:
         self.pending: Future | None = None
         self.pending_step = 0
         self.corrupt: set[Path] = set()  # that find has skipped
+        self.seconds = 0.0  # on rank 0: from the last call of save until it was visible
 
     def paths(self) -> list[Path]:
         """The visible checkpoints, the newest first."""
@@ -144,6 +146,7 @@ class Checkpoints:
             UserError: the save before this one has failed.
         """
         self.wait()
+        begun = time.monotonic()
         hidden = self.folder / f".step_{run['step']:06d}"
 
         def prepare() -> None:
@@ -165,9 +168,13 @@ class Checkpoints:
         self.pending, self.pending_step = written, run["step"]
         if self.world.is_main:
             run = run | {"metric": self.keep_best}
-            self.pending = self.finisher.submit(self._finish, written, hidden, run, before_visible)
+            self.pending = self.finisher.submit(
+                self._finish, written, hidden, run, before_visible, begun
+            )
 
-    def _finish(self, written: Future, hidden: Path, run: dict, before_visible: Callable) -> None:
+    def _finish(
+        self, written: Future, hidden: Path, run: dict, before_visible: Callable, begun: float
+    ) -> None:  # fmt: skip
         """Rank 0, in the background: make visible what all ranks have written."""
         path = hidden.with_name(hidden.name.removeprefix("."))
         try:
@@ -182,6 +189,7 @@ class Checkpoints:
                 _delete(path)
             os.replace(hidden, path)
             sync(self.folder)
+            self.seconds = time.monotonic() - begun
             self.corrupt.discard(path)
             self._prune()
         except (OSError, CheckpointException):

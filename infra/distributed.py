@@ -50,13 +50,6 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    @property
-    def watch(self) -> "World":  # until its last caller is gone
-        return self
-
-    def at(self, place: str) -> None:
-        """Do nothing: see `watch`."""
-
 
 @contextmanager
 def process_group(

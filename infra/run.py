@@ -27,6 +27,7 @@ from typing import TextIO
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.launcher.api import LaunchConfig
 from torch.optim import AdamW
 from tqdm import tqdm
 
@@ -47,8 +48,6 @@ from infra.loader import Loader, Progress
 LOGS = (
     "metrics.jsonl", "rollouts.jsonl", "skipped.jsonl", "bad_steps.jsonl", "validation.jsonl",
 )  # fmt: skip
-# torchrun sends SIGKILL so many seconds after it passed SIGTERM on. Newer ones read the variable.
-SHUTDOWN_TIMEOUT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30.0
 
 
 def claim(lock: Path, what: str) -> TextIO:
@@ -423,6 +422,12 @@ class Run:
                     self._events.add_scalar(key, value, metrics["step"])
         self.say("  ".join(f"{key} {short(value)}" for key, value in metrics.items()))
         self._bar.update()
+        limit = shutdown_limit()
+        self.warn(seconds + self.checkpoints.seconds > limit, (
+            f"torchrun kills its ranks {limit:g} seconds after a signal, and the last step and "
+            f"save took longer: to stop, create the file {self.folder / 'stop'}, or raise it by "
+            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT (from torch 2.13 on)"
+        ))  # fmt: skip
 
     def records(self, name: str, records: list[dict]) -> None:
         """Rank 0: one line per record into a file, which exists once it has a line."""
@@ -471,6 +476,15 @@ class Run:
         self._extra = means if step else {}  # before the first step there is no line for it
         words = [f"{key} {short(value)}" for key, value in means.items()]
         self.say(f"validation after step {step}: {'  '.join(words)}")
+
+
+def shutdown_limit() -> float:
+    """Seconds between a signal that torchrun passes on and its SIGKILL; infinite without it."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return math.inf
+    if not hasattr(LaunchConfig, "shutdown_timeout"):  # torch 2.11: fixed
+        return 30.0
+    return float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30))
 
 
 def cut_back(file: Path, length: int) -> None:
