@@ -33,6 +33,7 @@ from data import (
     require_solution,
     submit_decode,
 )
+from evaluation.results import input_hashes
 from evaluation.validation import Validation, load_validation
 from infra.distributed import (
     World,
@@ -67,6 +68,7 @@ from tgrpo import (
     add_length_reward,
     add_temporal_reward,
     group_advantages,
+    temporal_effect,
     temporal_reward,
     tgrpo_loss,
 )
@@ -97,7 +99,7 @@ def train(config: RLConfig, world: World) -> bool:
     }  # fmt: skip
     num_prompts = config.rank_prompts(world.size)
     num_steps = config.num_steps(len(samples))
-    hashes = on_main(world, lambda: train_sft.input_hashes(config))
+    hashes = on_main(world, lambda: input_hashes(config))
     run = Run(config, world, "rl", num_steps, hashes)
     if run.is_finished:
         return True
@@ -380,7 +382,7 @@ def group_metrics(groups: list[Group]) -> tuple[dict[str, float | None], float]:
     ordered_videos = [group.parts["accuracy"] for group in videos]
     shuffled_videos = [group.accuracy_shuffled for group in videos]
     flat = [(group_advantages(group.rewards) == 0).all() for group in groups]
-    changes = [(group.advantages - group.advantages_without).abs() for group in videos]
+    changes = [temporal_effect(group.advantages, group.advantages_without) for group in videos]
     values = {
         "reward": [group.rewards for group in groups],
         **{name: [group.parts[name] for group in groups] for name in groups[0].parts},

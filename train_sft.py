@@ -25,7 +25,7 @@ from data import (
     response_ids,
     submit_decode,
 )
-from evaluation.results import file_sha256, fingerprint
+from evaluation.results import input_hashes
 from evaluation.validation import Validation, load_validation
 from infra.distributed import (
     World,
@@ -150,11 +150,6 @@ def accumulate_gradients(
         (part * world.size).backward()  # FSDP averages gradients over the ranks
         loss += float(part.detach())
     return sum_over_ranks({"loss": loss})["loss"]
-
-
-def input_hashes(config: SFTConfig) -> dict[str, str]:
-    """What a resumed run must find unchanged: the weights that it started from, and its rows."""
-    return {"model": fingerprint(config.model), "data": file_sha256(config.data)}
 
 
 def main() -> None:

@@ -49,6 +49,11 @@ def fingerprint(name: str) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def input_hashes(config) -> dict[str, str]:
+    """What a resumed run must find unchanged: the weights that it started from, and its rows."""
+    return {"model": fingerprint(config.model), "data": file_sha256(config.data)}
+
+
 def model_path(name: str) -> str:
     """The resolved path of a local model folder; a Hub id as it is."""
     return str(Path(name).resolve()) if Path(name).is_dir() else name

@@ -26,7 +26,7 @@ TIMINGS = ("seconds", "tokens_per_second", "peak_memory_gib")
 FLAGS = {
     "sft": ["--max_steps", "10", "--save_every", "3", "--prompts_per_rank", "4",
             "--learning_rate", "1e-3"],
-    "rl": ["--max_steps", "8", "--save_every", "2", "--prompts_per_rank", "2",
+    "rl": ["--max_steps", "8", "--save_every", "2", "--prompts_per_step", "4",
            "--learning_rate", "1e-4", "--max_new_tokens", "40", "--group_size", "4",
            "--shuffled_group_size", "2", "--l_min", "5", "--l_max", "40"],
 }  # fmt: skip
@@ -110,7 +110,7 @@ def prepare(folder: Path) -> None:
         [sys.executable, "-c", "import toy; toy.ensure_toy()"], cwd=folder, check=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
-    warm = start("sft", folder / "warm", "--max_steps", "120", "--prompts_per_rank", "16",
+    warm = start("sft", folder / "warm", "--max_steps", "120", "--prompts_per_step", "32",
                  "--save_every", "0")  # fmt: skip
     assert warm.wait(600) == 0, (folder / "warm.log").read_text()[-3000:]
 

@@ -27,9 +27,8 @@ from train_sft import SFTConfig
 OUT = Path(sys.argv[1] if __name__ == "__main__" else ".")
 COMMON = {
     "model": str(toy.BASE), "max_frames": 8, "num_workers": 1, "activation_checkpointing": False,
-    "learning_rate": 1e-3, "max_steps": 3,
+    "learning_rate": 1e-3, "max_steps": 3, "prompts_per_step": 4, "prompts_per_rank": 4,
 }  # fmt: skip
-BUDGET = 150  # tokens: some passes hold one group, some two
 RL = {"group_size": 4, "shuffled_group_size": 2, "max_new_tokens": 12, "l_min": 5, "l_max": 12}
 
 
@@ -59,29 +58,18 @@ def written_rollouts(policy, tokenizer, batch, config, step):
     return rollouts
 
 
-def layouts(world_size):
-    """Ways to split a step of 4 prompts: name and (prompts_per_rank, gradient_accumulation_steps,
-    tokens_per_micro_batch)."""
-    per_rank = 4 // world_size
-    cuts = {"whole": (per_rank, 1, 0), "budget": (per_rank, 1, BUDGET)}
-    if world_size == 1:
-        cuts["accumulated"] = (1, 4, 0)
-    return cuts.items()
-
-
 def same_losses(world):
-    """SFT and RL, on given rollouts, with each way to split the same steps."""
+    """SFT and RL, on given rollouts, in one pass a rank and in passes of one prompt."""
     sample_rollouts, train_rl.sample_rollouts = train_rl.sample_rollouts, written_rollouts
-    for name, (per_rank, accumulation, budget) in layouts(world.size):
-        cut = {"prompts_per_rank": per_rank, "gradient_accumulation_steps": accumulation}
-        cut["tokens_per_micro_batch"] = budget
+    for name, most in (("whole", 4), ("passes", 1)):
+        passes = {"prompts_per_rank": most}
         sft = {"data": str(toy.SFT_DATA), "output_dir": str(OUT / f"sft-{name}")}
-        train_sft.train(SFTConfig(**COMMON | cut | sft), world)
+        train_sft.train(SFTConfig(**COMMON | passes | sft), world)
         for level, iterations in (("token", 1), ("sequence", 2)):
             rl = {"data": str(toy.RL_DATA), "output_dir": str(OUT / f"rl-{level}-{name}")}
             rl |= {"num_iterations": iterations, "ratio_level": level, "clip_eps": 0.01}
             rl["learning_rate"] = 1e-3 if level == "token" else 1e-4  # whole ratios soon explode
-            train_rl.train(RLConfig(**COMMON | RL | cut | rl), world)
+            train_rl.train(RLConfig(**COMMON | RL | passes | rl), world)
     train_rl.sample_rollouts = sample_rollouts
 
 
@@ -99,7 +87,7 @@ def tied(world):
 
     main_does(world, make)
     sft = {"model": str(folder), "data": str(toy.SFT_DATA), "output_dir": str(OUT / "tied-whole")}
-    train_sft.train(SFTConfig(**COMMON | sft | {"prompts_per_rank": 4 // world.size}), world)
+    train_sft.train(SFTConfig(**COMMON | sft), world)
     if world.is_main:
         exported = load_file(OUT / "tied-whole/model/model.safetensors")
         assert exported.keys() == load_file(folder / "model.safetensors").keys()
@@ -116,7 +104,7 @@ def sampled_twice(world):
     train_rl.load_policy_and_reference = load_and_keep
     for name in ("once", "again"):
         rl = {"data": str(toy.RL_DATA), "output_dir": str(OUT / f"sampled-{name}")}
-        rl |= {"prompts_per_rank": 2, "activation_checkpointing": True}
+        rl["activation_checkpointing"] = True
         train_rl.train(RLConfig(**COMMON | RL | rl), world)
     policy, reference = kept
     fresh = load(RLConfig(**COMMON | {"data": str(toy.RL_DATA)}), world)[1]
@@ -151,7 +139,7 @@ def unlike_ranks(world):
         assert len({sample.data_type for sample in load_samples(file, root)}) == 1
         mine = COMMON | {"data": str(file), "data_root": root}
         mine["output_dir"] = str(OUT / f"unlike-{stage}")
-        mine |= {"max_steps": 5, "prompts_per_rank": 2}
+        mine |= {"max_steps": 5}
         if stage == "sft":
             train_sft.train(SFTConfig(**mine), world)
         else:
@@ -184,8 +172,8 @@ def unusable_media(world):
         (folder / "rows.json").write_text(json.dumps(rows))
 
     main_does(world, make)
-    common = COMMON | {"data": str(folder / "rows.json"), "data_root": ".", "prompts_per_rank": 2}
-    common |= {"max_steps": 24 // (2 * world.size)}
+    common = COMMON | {"data": str(folder / "rows.json"), "data_root": "."}
+    common |= {"max_steps": 24 // 4}
     train_sft.train(SFTConfig(**common | {"output_dir": str(OUT / "unusable-sft")}), world)
     train_rl.train(RLConfig(**common | RL | {"output_dir": str(OUT / "unusable-rl")}), world)
 
@@ -196,7 +184,7 @@ def frozen_vision(world):
         ("sft", train_sft.train, SFTConfig), ("rl", train_rl.train, RLConfig)
     ):  # fmt: skip
         flags = COMMON | (RL if stage == "rl" else {}) | {"freeze_vision": True}
-        flags |= {"data": str(getattr(toy, f"{stage.upper()}_DATA")), "prompts_per_rank": 2}
+        flags |= {"data": str(getattr(toy, f"{stage.upper()}_DATA"))}
         train(config(**flags | {"output_dir": str(OUT / f"frozen-{stage}")}), world)
 
 

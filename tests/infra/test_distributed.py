@@ -58,10 +58,9 @@ def metrics(folder):
 
 
 CUTS = {
-    "accumulated": (1, "accumulated"),
-    "budget": (1, "budget"),
+    "passes": (1, "passes"),
     "2-processes": (2, "whole"),
-    "2-processes-budget": (2, "budget"),
+    "2-processes-passes": (2, "passes"),
     "4-processes": (4, "whole"),
 }
 COMPARED = {
