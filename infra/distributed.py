@@ -266,6 +266,12 @@ def log(*words: object) -> None:
         print(*words, flush=True)
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done what was queued, so that timings are those of the work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def peak_memory_gib(device: torch.device) -> float:
     """The most memory used so far: allocated on the GPU, or resident in this process on CPU."""
     if device.type == "cuda":

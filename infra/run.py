@@ -24,7 +24,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.launcher.api import LaunchConfig
@@ -40,6 +39,7 @@ from infra.distributed import (
     main_does,
     max_over_ranks,
     peak_memory_gib,
+    synchronize,
 )
 from infra.errors import UserError, require
 from infra.flags import neutral_flags
@@ -316,8 +316,7 @@ class Run:
         """Time a part of a step: `with run.phase("rollout"): ..`; parts of one name add up."""
         begun = time.perf_counter()
         yield
-        if torch.cuda.is_available():  # else the next phase would be billed for this one's kernels
-            torch.cuda.synchronize()
+        synchronize(self.world.device)  # else the next phase would be billed for this one's kernels
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - begun
 
     def _everyone(self, value: object) -> list:
