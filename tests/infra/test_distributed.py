@@ -274,7 +274,7 @@ def main():
         ours.name_missing_ranks(world)
         dist.barrier()
 
-ours.run(main)
+ours.run_main(main)
 """
 
 
@@ -349,7 +349,7 @@ def main():
         print(request.name, flush=True)
         time.sleep(60)
 
-run(main)
+run_main(main)
 """
 
 
@@ -377,13 +377,13 @@ def test_what_ends_with_one_line_and_no_traceback(what, code, words):
     """Ctrl-C outside training gave a traceback (fault 23)."""
     script = f"""
 import os, signal, time
-from infra.distributed import run
+from infra.distributed import run_main
 from infra.errors import UserError
 
 def main():
     {what}
 
-run(main)
+run_main(main)
 """
     done = subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, capture_output=True,
                           text=True, timeout=60)  # fmt: skip
@@ -395,7 +395,7 @@ def test_a_bug_keeps_its_traceback():
         raise RuntimeError("gloo is mentioned, but this process is alone")
 
     with pytest.raises(RuntimeError, match="gloo"):
-        infra.distributed.run(main)
+        infra.distributed.run_main(main)
 
 
 # -------------------------------------------------------------------------------------------- slow
