@@ -359,7 +359,7 @@ class Run:
         if step > self.start:
             self._save(step, progress)
             self.checkpoints.wait()
-        log(f"stopped by {reason} after step {step} and saved: the same command resumes from here")
+        log(f"stopped by {reason} after step {step}, saved: the same command resumes from here")
 
     def _save(self, step: int, progress: Progress) -> None:
         lengths = {}
