@@ -340,7 +340,7 @@ def test_sigkill_to_a_rank_or_to_the_launcher(killed_base, victim):
 
 SIGNALS = """
 import time
-from infra.distributed import StopRequest, run
+from infra.distributed import StopRequest, run_main
 
 def main():
     with StopRequest() as request:

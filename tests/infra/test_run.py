@@ -413,7 +413,7 @@ def test_a_signal_saves_within_a_step_and_exits(killed_base, name):
     done = len(logged(folder))
     assert before <= done <= before + 2
     assert checkpoints_of(folder) == [f"step_{done:06d}"]
-    assert f"stopped by {name} after step {done} and saved" in log_of(folder)
+    assert f"stopped by {name} after step {done}, saved" in log_of(folder)
     assert "Traceback" not in log_of(folder).partition("torch/distributed")[0]
     kills.finish("sft", folder, "--save_every", "0")
     assert kills.outcome(folder) == kills.outcome(killed_base / "undisturbed")
@@ -536,7 +536,7 @@ def test_a_stop_while_data_is_awaited_saves_the_step_before(small_run, capsys):
         with run:
             steps = [step for step, _ in run.steps(FakeLoader(wait_at=2), 1)]
     assert (steps, saved, run.is_complete) == ([0, 1], [2], False)
-    assert "stopped by SIGTERM after step 2 and saved" in capsys.readouterr().out
+    assert "stopped by SIGTERM after step 2, saved" in capsys.readouterr().out
 
 
 def test_metrics_are_valid_json_whatever_the_numbers_and_phases_add_up(small_run, tmp_path, capsys):
