@@ -16,7 +16,7 @@ import os
 import random
 import sys
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median_low
@@ -32,10 +32,9 @@ from infra.distributed import run_main
 from infra.errors import MediaError, UserError, require
 from infra.flags import FlagParser, flag
 from infra.video import DecoderPool, check_file
-from model import forbidden_tokens, load_tokenizer, require_room, resolve_folder
+from model import load_tokenizer, require_room, resolve_folder
 
-# The categories of Figure 2: data_type, rows in Video-R1-260k, and the folders that hold their
-# files (the data set's card, huggingface.co/datasets/Video-R1/Video-R1-data).
+# Figure 2: data_type, rows in Video-R1-260k, and the folders of their files (the data set's card).
 VIDEO_FOLDERS = ("CLEVRER", "LLaVA-Video-178K", "NeXT-QA", "PerceptionTest", "STAR")
 CATEGORIES = {
     "General (Video)": ("video", "116k", VIDEO_FOLDERS),
@@ -74,8 +73,6 @@ class CheckConfig(MediaConfig):
         parse_take(self.take)
         require(bool(self.take) == bool(self.out), "--take SOURCE=N and --out FILE need each other")
         require(not os.path.lexists(self.out), f"--out {self.out} exists already")
-        folder = Path(self.out).parent
-        require(folder.is_dir(), f"--out {self.out}: {folder} is not a folder")
 
 
 def parse_take(words: list[str]) -> dict[str, int]:
@@ -88,9 +85,6 @@ def parse_take(words: list[str]) -> dict[str, int]:
         require(source not in wanted, f"--take names {source} twice")
         wanted[source] = int(number)
     return wanted
-
-
-# ------------------------------------------------------------------------------------ composition
 
 
 def folders_of(sample: Sample, root: Path) -> list[str]:
@@ -116,12 +110,13 @@ def category_of(sample: Sample, root: Path) -> str:
 
 def composition(samples: list[Sample], root: Path) -> dict[str, Counter]:
     """Rows by category of Figure 2, data_source, data_type and problem_type."""
-    return {
-        "category": Counter(category_of(sample, root) for sample in samples),
-        "data_source": Counter(source_of(sample, root) for sample in samples),
-        "data_type": Counter(sample.data_type for sample in samples),
-        "problem_type": Counter(sample.problem_type for sample in samples),
+    keys = {
+        "category": lambda sample: category_of(sample, root),
+        "data_source": lambda sample: source_of(sample, root),
+        "data_type": lambda sample: sample.data_type,
+        "problem_type": lambda sample: sample.problem_type,
     }
+    return {name: Counter(map(key, samples)) for name, key in keys.items()}
 
 
 def print_composition(samples: list[Sample], root: Path) -> None:
@@ -136,27 +131,20 @@ def print_composition(samples: list[Sample], root: Path) -> None:
 # ------------------------------------------------------------------------------------ what is used
 
 
-def print_faults(title: str, faults: list[str]) -> None:
-    print(f"\n{title}: {len(faults):,}")
-    for fault in faults[:NUM_LISTED]:
-        print(f"  {fault}")
-    if len(faults) > NUM_LISTED:
-        print(f"  .. and {len(faults) - NUM_LISTED:,} more")
-
-
-def usable(
-    title: str, samples: list[Sample], check: Callable[[Sample], None], faults: Iterable[str] = ()
-) -> list[Sample]:
-    """The samples that a check takes; prints the others' UserErrors, after `faults`, each once (of
-    a file however many rows ask about it)."""
-    found, good = dict.fromkeys(faults), []
+def usable(title: str, samples: list[Sample], check: Callable[[Sample], None], faults=()) -> list:
+    """The samples that a check takes; prints the others' UserErrors, after known faults."""
+    good, faults = [], list(faults)
     for sample in tqdm(samples, title, unit="row", dynamic_ncols=True, leave=False):
         try:
             check(sample)
             good.append(sample)
         except UserError as error:
-            found[str(error)] = None
-    print_faults(title, list(found))
+            faults.append(str(error))
+    print(f"\n{title}: {len(faults):,} rows")
+    for fault in faults[:NUM_LISTED]:
+        print(f"  {fault}")
+    if len(faults) > NUM_LISTED:
+        print(f"  .. and {len(faults) - NUM_LISTED:,} more")
     return good
 
 
@@ -165,81 +153,71 @@ def require_file(sample: Sample) -> None:
     check_file(data.video_path(sample.path) if sample.is_video else sample.path)
 
 
-def decode_files(samples: list[Sample], config: CheckConfig) -> Iterator[tuple[str, object]]:
-    """Paths of --decode of the samples' files, each once, with their frames or a MediaError."""
-    files = {sample.path: sample for sample in samples}
-    if config.decode != "all" and int(config.decode) < len(files):
-        drawn = random.Random(config.seed).sample(list(files), int(config.decode))
-        files = {path: files[path] for path in drawn}
-    waiting, todo = deque(), iter(files.values())
+def decode_files(files: list[Sample], config: CheckConfig) -> Iterator[tuple[str, object]]:
+    """Paths with their frames, or a MediaError, in the order of the files."""
+    waiting, todo = deque(), iter(files)
     with DecoderPool(config.num_workers, config.decode_timeout) as pool:
-        for path in tqdm(files, "decoding", unit="file", dynamic_ncols=True):
+        for file in tqdm(files, "decoding", unit="file", dynamic_ncols=True):
             # The frames of so many files are in memory at most.
             for sample in itertools.islice(todo, 2 * config.num_workers - len(waiting)):
                 waiting.append(data.submit_decode(pool, sample, config.limits()))
             try:
-                yield path, waiting.popleft().result()
+                yield file.path, waiting.popleft().result()
             except MediaError as error:
-                yield path, error
+                yield file.path, error
 
 
-class Measure:
-    """Prompt and response of a row in tokens, by the code that training runs."""
+def length_of(config: CheckConfig, stage: str) -> Callable[[Sample, object], int]:
+    """What counts the tokens of a row's prompt, with its frames, and response, by the code that
+    training runs. It raises UserError if they do not fit."""
+    tokenizer = load_tokenizer(config.model)
+    model_config = AutoConfig.from_pretrained(resolve_folder(config.model))
+    template = data.load_template(config.prompt_template)
 
-    def __init__(self, config: CheckConfig, stage: str):
-        self.tokenizer = load_tokenizer(config.model)
-        self.config = AutoConfig.from_pretrained(resolve_folder(config.model))
-        self.template = data.load_template(config.prompt_template)
-        self.stage, self.num_new_tokens = stage, config.max_new_tokens
-        self.lengths: dict[int, int] = {}  # by row
-        self.faults: dict[int, str] = {}
-
-    def __call__(self, sample: Sample, frames) -> None:
-        """Note the length of a row, and whether it does not fit. frames: as make_prompt takes them.
-        """
-        prompt = data.make_prompt(sample, self.tokenizer, frames, template=self.template)
-        num_new_tokens = self.num_new_tokens
+    def length(sample: Sample, frames) -> int:
+        prompt = data.make_prompt(sample, tokenizer, frames, template=template)
+        num_new_tokens = config.max_new_tokens
+        if stage == "sft":
+            num_new_tokens = len(data.response_ids(sample, tokenizer))
         try:
-            if self.stage == "sft":
-                response = data.response_ids(sample, self.tokenizer)
-                num_new_tokens = len(response)
-                spelled = set(response.tolist()) & set(forbidden_tokens(self.config))
-                words = self.tokenizer.decode(sorted(spelled))
-                require(not spelled, f"its response spells {words}, of probability 0")
-            require_room(prompt, num_new_tokens, self.config)
+            require_room(prompt, num_new_tokens, model_config)
         except UserError as error:
-            self.faults[sample.row] = f"{sample.name}: {error}"
-        self.lengths[sample.row] = len(prompt.input_ids) + num_new_tokens
+            raise UserError(f"{sample.name}: {error}") from None
+        return len(prompt.input_ids) + num_new_tokens
+
+    return length
 
 
 def usable_media(
-    samples: list[Sample], config: CheckConfig, measure: Measure | None
+    samples: list[Sample], config: CheckConfig, length: Callable[[Sample, object], int]
 ) -> list[Sample]:
     """The samples whose files, as far as --decode looks, can be decoded and, with --model, fit.
-
-    Rows whose media were not decoded are measured with one vision token: their text alone counts.
-    """
-    rows, errors = defaultdict(list), {}
+    Without --decode one vision token stands for the media: the text alone counts."""
+    rows, results = defaultdict(list), {}  # by path; by row: its length, or why it is of no use
     for sample in samples:
         rows[sample.path].append(sample)
-    for path, frames in decode_files(samples, config) if config.decode else ():
-        if isinstance(frames, MediaError):
-            errors[path] = frames
-        for sample in rows[path] if measure and path not in errors else ():
-            measure(sample, frames)
-    if config.decode:
-        print_faults("Files that cannot be decoded", [*map(str, errors.values())])
-        samples = [sample for sample in samples if sample.path not in errors]
-    if measure:
-        what = f"Tokens, {len(measure.lengths):,} rows with their media"
-        for sample in samples:
-            if sample.row not in measure.lengths:
-                measure(sample, ONE_TOKEN)
-        print_faults("Rows that the model cannot take", list(measure.faults.values()))
-        lengths = list(measure.lengths.values()) or [0]
-        print(f"  {what}: median {median_low(lengths):,}, max {max(lengths):,}")
-        samples = [sample for sample in samples if sample.row not in measure.faults]
-    return samples
+    files = [of_file[0] for of_file in rows.values()]
+    if config.decode.isdecimal() and int(config.decode) < len(files):
+        files = random.Random(config.seed).sample(files, int(config.decode))
+    blank = ((file.path, ONE_TOKEN) for file in files)
+    for path, frames in decode_files(files, config) if config.decode else blank:
+        for sample in rows[path]:
+            try:
+                failed = isinstance(frames, MediaError)
+                results[sample.row] = frames if failed else length(sample, frames)
+            except UserError as error:
+                results[sample.row] = error
+
+    def check(sample: Sample) -> None:
+        if isinstance(results.get(sample.row), UserError):
+            raise results[sample.row]
+
+    good = usable("Not decodable, or too long for the model", samples, check)
+    lengths = [result for result in results.values() if isinstance(result, int)]
+    if config.model and lengths:
+        print(f"  Tokens of prompt and response, {len(lengths):,} other rows: median "
+              f"{median_low(lengths):,}, max {max(lengths):,}")  # fmt: skip
+    return good
 
 
 def write_subset(file: str, root: Path, used: list[Sample], config: CheckConfig) -> None:
@@ -274,7 +252,7 @@ def main(argv: list[str] | None = None) -> None:
     num_rows = len(samples) + len(faults)
     with_process = sum(bool(sample.process.strip()) for sample in samples)
     stage = config.stage or ("sft" if 2 * with_process > len(samples) else "rl")
-    measure = Measure(config, stage) if config.model else None
+    length = length_of(config, stage) if config.model else lambda sample, frames: 0
     sources = {source_of(sample, root) for sample in samples}
     for source in parse_take(config.take):
         known = ", ".join(sorted(sources))
@@ -286,9 +264,10 @@ def main(argv: list[str] | None = None) -> None:
 
     print(f"{file}, --stage {stage}")
     print_composition(samples, root)
-    used = usable("Rows that cannot be used", samples, require_row, faults)
-    used = usable("Files that are missing", used, require_file)
-    used = usable_media(used, config, measure)
+    used = usable("Not readable, or of no use", samples, require_row, faults)
+    used = usable("Files missing", used, require_file)
+    if config.decode or config.model:
+        used = usable_media(used, config, length)
     if config.take:
         write_subset(file, root, used, config)
     print(f"\n{len(used):,} of {num_rows:,} rows would be used")

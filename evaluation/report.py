@@ -16,22 +16,21 @@ NUM_LISTED = 5  # unusable items on the console; the summary lists all
 
 def percent(part: dict) -> str:
     """A score, or with its sign a difference, in percent, and its 95% interval."""
-    value, sign = part.get("score", part.get("difference")), "+" if "difference" in part else ""
-    if value is None:
+    sign, key = ("+", "difference") if "difference" in part else ("", "score")
+    if part[key] is None:
         return "-"
-    return "{1:{0}.1f} [{2:{0}.1f}, {3:{0}.1f}]".format(
-        sign, *(100 * x for x in (value, *part["interval"]))
-    )
+    value, low, high = (f"{100 * x:{sign}.1f}" for x in (part[key], *part["interval"]))
+    return f"{value} [{low}, {high}]"
 
 
 def print_scores(found: dict, definitions: dict[str, str]) -> None:
     """Scores or paired differences: a line for each owner's overall one and for each group."""
     for owner, part in found["overall"].items():
-        note = "".join(f"; {text}" for text in (definitions.get(owner), part.get("note")) if text)
+        note = "; ".join(filter(None, (definitions.get(owner), part.get("note"))))
         if part.get("num_unpaired"):
-            note = f", {part['num_unpaired']} usable on one side only left out"
-        line = f"  {owner + chr(39) + 's score':18} {percent(part):22} over {part['n']} items"
-        print(f"{line} of {part['videos']} videos{note}")
+            note = f"{part['num_unpaired']} usable on one side only left out"
+        print(f"  {owner + chr(39) + 's score':18} {percent(part):22} over {part['n']} items of "
+              f"{part['videos']} videos{': ' * bool(note)}{note}")  # fmt: skip
     for grouping, groups in found["by"].items():
         for group, part in groups.items():
             print(f"    {grouping:14} {group:28} {percent(part):22} {part['n']}")
@@ -99,21 +98,18 @@ def compare(a: str, b: str) -> None:
         pairs = [(Path(a), Path(b))]
     require(pairs, f"--compare: {a} and {b} have no benchmark and order in common")
     for pair in pairs:
-        name, other = (path.stem.rpartition(".")[0] for path in pair)
         title = "{} minus {}".format(*pair)
+        name, other = (path.stem.rpartition(".")[0] for path in pair)
         require(name == other, f"--compare, {title}: they are of two benchmarks")
-        old, new = (
-            (read_summary(path.with_suffix(".summary.json")) or {}).get("provenance", {})
-            for path in pair
-        )
-        changed = differences(old, new) if old and new else {}
+        made = [read_summary(path.with_suffix(".summary.json")) for path in pair]
+        changed = differences(*(one["provenance"] for one in made)) if all(made) else {}
         versions = f"--compare, {title}: they are of two versions of the data file {name}"
         require("data_sha256" not in changed, versions)
         print(f"\n{title}")
         print_scores(gaps(name, *map(read_records, pair)), {})
+        changed.pop("model_fingerprint", None)
         for key, values in changed.items():
-            if key != "model_fingerprint":
-                print("  they differ in {}: {!r:.60} and {!r:.60}".format(key, *values))
+            print("  they differ in {}: {!r:.60} and {!r:.60}".format(key, *values))
 
 
 def print_table(folders: list[str]) -> None:

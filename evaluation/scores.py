@@ -70,8 +70,7 @@ def mean_relative_accuracy(answer: float, reference: float, strict: bool = False
 
 
 # ---------------------------------------------------------------------------------------- groups
-# A key names the groups that an item is in, outermost first: ("task", "level"). The groups of one
-# level have equal weight, however many items they have.
+# A key names the groups of an item, outermost first; those of one level have equal weight.
 
 Key = Callable[[dict], tuple]
 
@@ -129,11 +128,6 @@ def _tempcompass_kind(item: dict) -> tuple:
     return ("yes_no" if options == {"yes", "no"} else "multi-choice",)
 
 
-def _mmvu_subject(item: dict) -> tuple:
-    *_, videos, folder, _ = ("", "", *PurePath(item["path"]).parts)  # MMVU/videos/Chemistry/0.mp4
-    return (folder if videos == "videos" else UNKNOWN,)
-
-
 def _answered(item: dict) -> bool:
     """Video-MME's script leaves out a response in which it finds no letter A-D."""
     return item["error"] is not None or re.search("[ABCD]", item["answer"] or "") is not None
@@ -163,7 +157,7 @@ BENCHMARKS = {  # in the order of Table 1
         {"track": _track}, "track", TRACKS,
     ),
     # yale-nlp/MMVU, utils/eval_utils.py
-    "mmvu": Benchmark("MMVU (mc)", "accuracy, multiple choice only", {"subject": _mmvu_subject}),
+    "mmvu": Benchmark("MMVU (mc)", "accuracy, multiple choice only", {}),
     # OpenGVLab/Ask-Anything, video_chat2/mvbench.ipynb
     "mvbench": Benchmark(
         "MVBench", "mean of 20 tasks, by problem_id in blocks of 200",
@@ -263,11 +257,8 @@ def paired_difference(
 ) -> dict:
     """The mean of score(a) - score(b) over the items that are usable on both sides.
 
-    Args:
-        key: the groups of an item that have equal weight. field: score, or score_paper.
-    Returns:
-        n, videos, difference in [-1, 1], its 95% interval, and num_unpaired, the items that only
-        one side has or could use. Items are matched by row and problem_id.
+    By default over items, else over the equal groups of `key`. num_unpaired counts the items that
+    only one side has or could use. Items are matched by row and problem_id.
     """
     a, b = ({(item["row"], item["problem_id"]): item for item in items if item[field] is not None}
             for items in (items_a, items_b))  # fmt: skip
@@ -286,11 +277,8 @@ def _split(items: list[dict], key: Key) -> dict[str, list[dict]]:
 
 
 def _report(benchmark: Benchmark, measure: Callable[..., dict], *sides: list[dict]) -> dict:
-    """A measure (_score, paired_difference) of all items under both definitions, and by group.
-
-    The benchmark's own has a note if groups of its macro mean are missing, or not known: then there
-    is no such mean.
-    """
+    """A measure (_score, paired_difference) under both definitions, and by group. The benchmark's
+    own has a note if groups of its macro mean are missing or not known: then there is no mean."""
     note, overall = "", _everything
     if benchmark.macro:
         overall = benchmark.by[benchmark.macro]
@@ -318,12 +306,8 @@ def _report(benchmark: Benchmark, measure: Callable[..., dict], *sides: list[dic
 def score_benchmark(name: str, items: list[dict]) -> dict:
     """All scores of one benchmark, ready for JSON.
 
-    Args:
-        name: the data file's stem. items: score and score_paper are None where the media is
-            unusable, and `error` says why.
-    Returns:
-        benchmark, definitions (of the two overall scores), and, for all_items and decodable_items,
-        overall and by (_report). A score is {"n", "videos", "score" in [0, 1], "interval"}.
+    Items with unusable media have score and score_paper None. A score is {"n", "videos", "score" in
+    [0, 1], "interval"}; overall and by hold those of all_items and of decodable_items.
     """
     benchmark = BENCHMARKS[benchmark_of(name)]
     usable = [item for item in items if item["score"] is not None]

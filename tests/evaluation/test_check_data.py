@@ -117,7 +117,7 @@ def test_a_file_with_every_fault(folder, capsys):
     }  # fmt: skip
     assert table(report, "data_type") == {"image": (7, 70.0), "video": (3, 30.0)}
     assert re.search(r"\n  Math \(Image\) .* 40.0%   paper: 37k\n", report)
-    faults = report.split("\nRows that cannot be used: 3\n")[1].splitlines()[:3]
+    faults = report.split("\nNot readable, or of no use: 3 rows\n")[1].splitlines()[:3]
     for row, fault, words in zip(
         (CANNOT_BE_READ, *WRONG), faults,
         ("'solution' must be a text", "<|image_pad|> as text", "must be one option letter"),
@@ -125,8 +125,9 @@ def test_a_file_with_every_fault(folder, capsys):
     ):  # fmt: skip
         assert f"row {row}" in fault and words in fault
     gone, garbage = folder / "CLEVRER/gone.mp4", folder / "Chart/ChartQA/garbage.png"
-    assert (f"\nFiles that are missing: 1\n  {gone}: No such file or directory"
-            f"\n\nFiles that cannot be decoded: 1\n  {garbage}: ") in report  # fmt: skip
+    assert (f"\nFiles missing: 1 rows\n  {gone}: No such file or directory"
+            "\n\nNot decodable, or too long for the model: 1 rows\n"
+            f"  {garbage}: ") in report  # fmt: skip
     assert report.endswith("\n\n6 of 11 rows would be used\n")
 
 
@@ -238,7 +239,7 @@ def test_few_files_wait_at_a_time_and_each_is_decoded_once(many, capsys):
     assert pool.asked == [str(number) for number in range(20)]
     assert (pool.most_open, pool.open) == (6, 0)
     assert code == 1
-    assert "Files that cannot be decoded: 1\n" in report
+    assert "Not decodable, or too long for the model: 2 rows\n" in report
     assert report.endswith("\n38 of 40 rows would be used\n"), "two rows ask about 13.png"
 
 
@@ -268,7 +269,7 @@ def test_lengths_of_decoded_rows(folder, model, capsys):
     argv = ["--decode", "all", "--model", model, "--max_new_tokens", "100"]
     code, report, _ = check(capsys, folder / "rows.json", *argv)
     lengths = expected_lengths(folder, model, (0, 1, 2, 3, 9, 10), 100)
-    assert f"6 rows with their media: median {lengths[2]}, max {lengths[5]}\n" in report
+    assert f"6 other rows: median {lengths[2]}, max {lengths[5]}\n" in report
     assert (code, report.splitlines()[-1]) == (1, "6 of 11 rows would be used")
 
 
@@ -284,7 +285,6 @@ def test_the_response_needs_room_too(folder, model, capsys):
 
 
 LONG = {**ROW, "process": f"<think>{'3 ' * 300}</think>"}
-PADDED = {**ROW, "process": "<think>The end<|endoftext|></think>"}
 
 
 @pytest.mark.parametrize(
@@ -292,7 +292,6 @@ PADDED = {**ROW, "process": "<think>The end<|endoftext|></think>"}
     [
         pytest.param({**ROW, "process": "<think>Three.</think>"}, None, id="fits"),
         pytest.param(LONG, "positions, the model has 250", id="long"),
-        pytest.param(PADDED, "its response spells <|endoftext|>", id="padding"),
     ],
 )
 def test_sft_counts_and_reads_the_response(folder, model, capsys, row, reason):
@@ -300,16 +299,8 @@ def test_sft_counts_and_reads_the_response(folder, model, capsys, row, reason):
     code, report, _ = check(capsys, file, "--stage", "sft", "--model", model)
     assert code == (reason is not None)
     if reason:
-        assert "Rows that the model cannot take: 1\n  row 0 (problem 7): its " in report
+        assert "too long for the model: 1 rows\n  row 0 (problem 7): its " in report
         assert reason in report
-
-
-def test_rows_of_files_that_were_not_drawn_are_measured_by_their_text(many, model, capsys):
-    argv = ["--decode", "5", "--model", model, "--max_new_tokens", "240"]
-    code, report, _ = check(capsys, many, *argv)
-    drawn = set(CountingPool.last.asked) - {"13"}
-    assert f"{2 * len(drawn)} rows with their media" in report
-    assert report.endswith("\n0 of 40 rows would be used\n") and code == 1
 
 
 # --------------------------------------------------------------------------------------- the subset
@@ -354,14 +345,6 @@ def test_take_is_drawn_by_the_seed_and_by_source(many, capsys):
     assert [number for number in both if number % 2 == 0] == first
     assert len(both) == 11
     assert drawn("a=20") == list(range(0, 40, 2))
-
-
-def test_take_leaves_out_what_was_found_undecodable(folder, capsys):
-    code, _, (error,) = check(capsys, folder / "rows.json", "--decode", "all", "--take",
-                              "ChartQA=1", "--out", folder / "two.json")  # fmt: skip
-    assert code == 2
-    assert error == "error: --take ChartQA=1: only 0 rows of ChartQA can be used"
-    assert not (folder / "two.json").exists()
 
 
 @pytest.mark.parametrize(

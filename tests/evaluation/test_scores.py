@@ -247,16 +247,6 @@ def test_videomme_leaves_unanswered_questions_out_of_its_own_score_alone():
     assert everything["overall"]["paper"]["score"] == 0.2
 
 
-def test_mmvu_by_subject():
-    names = ["Chemistry/0.mp4", "Chemistry/0.mp4", "Art/3.mp4"]
-    rows = [{"score": score, "path": f"/data/MMVU/videos/{name}"}
-            for name, score in zip(names, (1.0, 0.0, 1.0), strict=True)]  # fmt: skip
-    part = score_benchmark("eval_mmvu", make_items([*rows, {"score": 0.0, "path": "0.mp4"}]))
-    part = part["all_items"]
-    assert values(part["by"]["subject"]) == {"Art": 1.0, "Chemistry": 0.5, UNKNOWN: 0.0}
-    assert part["overall"]["benchmark"]["score"] == part["overall"]["paper"]["score"] == 0.5
-
-
 def test_another_file_by_problem_type():
     rows = [{"score": 1.0}, {"score": 0.0}, {"score": 0.4, "problem_type": "OCR"},
             {"score": 0.7, "score_paper": 0.6, "problem_type": "regression"}]  # fmt: skip
