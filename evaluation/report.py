@@ -81,8 +81,9 @@ def write_gaps(folder: Path, name: str, orders: list[str], quiet: bool = False) 
 def result_files(place: str) -> dict[str, Path]:
     """The results files that a name on the command line means, by <benchmark>.<order>."""
     path = Path(place)
+    require(path.exists(), f"--compare {place} does not exist")
     found = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
-    found = [file for file in found if file.is_file() and file.stem.rpartition(".")[2] in ORDERS]
+    found = [file for file in found if file.stem.rpartition(".")[2] in ORDERS]
     require(found, f"--compare {place}: no <benchmark>.<order>.jsonl of eval.py")
     files = {file.stem: file for file in found}
     several = f"--compare {place} holds several models: name the folder of one"

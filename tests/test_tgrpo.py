@@ -329,21 +329,6 @@ def test_eq4_two_by_three(level, beta, loss, clip_fraction):
 
 
 @pytest.mark.parametrize(
-    ("level", "loss", "clip_fraction"),
-    [
-        pytest.param("token", -1.1, 0.0, id="token: each ratio 1.1"),
-        pytest.param("sequence", -1.2, 1.0, id="sequence: 1.1 cubed is 1.331"),
-    ],
-)
-def test_eq4_small_steps_add_up_in_a_sequence(level, loss, clip_fraction):
-    logp = f64([[-1.0, -2.0, -3.0]])
-    args = logp - math.log(1.1), logp, f64([1.0]), boolean([[1, 1, 1]])
-    got, metrics = tgrpo.tgrpo_loss(logp, *args, beta=0.0, level=level)
-    assert_close(got, f64(loss))
-    assert metrics["clip_fraction"] == clip_fraction
-
-
-@pytest.mark.parametrize(
     ("level", "expected"),
     [
         # -A / (len G): 1.5 / (3 * 2), -0.5 / (2 * 2)

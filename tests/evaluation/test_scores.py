@@ -269,13 +269,6 @@ def test_unusable_media_count_zero_or_not_at_all():
     assert everything["overall"]["paper"]["score"] == pytest.approx((1.3 / 4 + 1 / 2) / 2)
 
 
-def test_nothing_to_average_is_no_score():
-    for items in ([], make_items([{"score": None}])):
-        overall = score_benchmark("eval_videomme", items)["decodable_items"]["overall"]
-        assert (overall["benchmark"]["n"], overall["benchmark"]["score"]) == (0, None)
-        assert (overall["paper"]["n"], overall["paper"]["interval"]) == (0, None)
-
-
 # ----------------------------------------------------------------------------------- intervals
 
 
@@ -345,19 +338,6 @@ SHARE_20, SHARE_1 = 1 - 0.025 ** (1 / 20), 0.975  # the first is the textbook's 
 def test_no_spread_is_no_certainty(scores_, videos, expected):
     _, interval = weighted_mean(scores_, [1 / len(scores_)] * len(scores_), list(videos))
     assert interval == pytest.approx(expected, abs=5e-5)
-
-
-def test_a_video_that_serves_two_tasks_is_one_video():
-    """Tasks A and B show the videos x and y, and x is right in both: a resample is all x, all y or
-    one of each. Were they four videos, hardly any resample would be all right."""
-    rows = [mvbench_row(number, folder, score) for number, folder, score in (
-        (201, "perception", 1.0), (202, "perception", 0.0),
-        (1001, "perception", 1.0), (1002, "perception", 0.0))]  # fmt: skip
-    for row, video in zip(rows, "xyxy", strict=True):
-        row["path"] = f"/data/MVBench/perception/{video}.mp4"
-    overall = score_benchmark("eval_mvbench", make_items(rows))["all_items"]["overall"]
-    assert overall["benchmark"]["videos"] == 2
-    assert overall["benchmark"]["interval"] == [0.0, 1.0]
 
 
 # ---------------------------------------------------------------------------------- differences
