@@ -368,6 +368,13 @@ def forbidden_tokens(config) -> list[int]:
     return sorted(tokens - {None})
 
 
+def require_possible(response_ids: Tensor, config) -> None:
+    """Raise UnusableSample if a response to learn holds a token whose probability is 0."""
+    found = sorted(set(response_ids.tolist()) & set(forbidden_tokens(config)))
+    if found:
+        raise UnusableSample(f"its response holds the token ids {found}, which are never sampled")
+
+
 def _token_ids(config, name: str) -> set[int]:
     """The ids that a config, or the text config in it, has under a name."""
     for owner in (config, config.get_text_config()):

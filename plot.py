@@ -11,47 +11,54 @@ the keys. Pale lines are the steps' values, strong ones a running mean, circles 
 import argparse
 import json
 import math
-import os
-from collections import Counter
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import fmean
+
+try:
+    import matplotlib
+    from matplotlib.figure import Figure  # without pyplot: never a window
+    from matplotlib.lines import Line2D
+except ModuleNotFoundError as error:
+    sys.exit(f"error: plot.py needs matplotlib ({error}): pip install matplotlib")
 
 from data import check_rows
 from evaluation.check_data import composition
-from infra import distributed
+from infra.distributed import run_main
 from infra.errors import UserError, require
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart, without its yellow.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", (0, (3.5, 1.2)), (0, (1, 1)))  # of a panel's first, second and third series
 STYLE = {
-    "font.size": 8, "axes.titlesize": 9.5, "axes.grid": True, "grid.alpha": 0.3,
-    "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,
-    "legend.frameon": False, "lines.linewidth": 1.7,
+    "font.size": 8, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True,
+    "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
     "text.parse_math": False,  # a folder's name may hold dollar signs
 }  # fmt: skip
-PANELS = {  # stage: (title, y axis, keys of metrics.jsonl, some of validation.jsonl too)
+PHASES = ("data", "rollout", "reference", "update")
+TIME = ("Time of a step and of its phases, seconds",
+        ("seconds", *(f"seconds_{phase}" for phase in PHASES)))  # fmt: skip
+PANELS = {  # stage: (title and unit, keys of metrics.jsonl, some of validation.jsonl too)
     "RL": (
-        ("Accuracy reward (paper: Figure 5a)", "mean reward, 0 to 1",
-         ("accuracy", "accuracy_shuffled")),
-        ("Temporal reward (Figure 5b)", "share of groups, of responses",
-         ("temporal", "temporal_earned")),
-        ("Response length (Figure 5c)", "tokens per response", ("completion_length",)),
-        ("Reward and parts of it", "mean reward", ("reward", "format", "length_reward")),
-        ("Effect of r_t; 0: T-GRPO is GRPO", "mean change of |A_i|", ("temporal_effect",)),
-        ("KL to the reference", "nats per token", ("kl",)),
-        ("Accuracy, ordered minus shuffled", "difference of mean rewards", ("gap",)),
-        ("Groups without spread, cut responses", "share", ("zero_std", "clipped_length")),
+        ("Accuracy reward (paper: Figure 5a)", ("accuracy", "accuracy_shuffled")),
+        ("Temporal reward (Figure 5b), share", ("temporal", "temporal_earned")),
+        ("Response length (Figure 5c), tokens", ("completion_length",)),
+        ("Reward and parts of it", ("reward", "format", "length_reward")),
+        ("Effect of r_t, mean change of |A_i|", ("temporal_effect",)),
+        ("KL to the reference, nats per token", ("kl",)),
+        ("Accuracy, ordered minus shuffled", ("gap",)),
+        ("Groups without spread, cut responses, share", ("zero_std", "clipped_length")),
+        TIME,
     ),
     "SFT": (
-        ("Loss", "nats per token", ("loss",)),
-        ("Gradient norm before clipping", "norm", ("grad_norm",)),
-        ("Learning rate", "learning rate", ("lr",)),
-        ("Accuracy in validation", "mean reward, 0 to 1", ("accuracy", "accuracy_shuffled")),
+        ("Loss, nats per token", ("loss",)),
+        ("Gradient norm before clipping", ("grad_norm",)),
+        ("Learning rate", ("lr",)),
+        ("Accuracy in validation", ("accuracy", "accuracy_shuffled")),
+        TIME,
     ),
-}  # fmt: skip
-SHARES = {"accuracy", "temporal", "zero_std"}  # first keys of panels whose values are in [0, 1]
+}
 VALIDATED = ("accuracy", "accuracy_shuffled", "gap")  # drawn from validation.jsonl
 
 
@@ -83,11 +90,7 @@ def read_records(path: Path) -> list[dict]:
 
 
 def load_run(path: Path) -> Run:
-    """The run of a folder, or of the metrics.jsonl in it.
-
-    Raises:
-        UserError: there is none, or it has no step yet.
-    """
+    """The run of a folder, or of the metrics.jsonl in it. UserError: it has no step yet."""
     file = path / "metrics.jsonl" if path.is_dir() else path
     require(file.is_file(), f"{path} is not a run: there is no file {file}")
     metrics = read_records(file)
@@ -111,57 +114,40 @@ def running_mean(values: list[float], window: int) -> list[float]:
     >>> running_mean([1.0, math.nan, 3.0, 8.0], window=2)
     [1.0, 1.0, 3.0, 5.5]
     """
-    means = []
-    for end in range(1, len(values) + 1):
-        known = [x for x in values[max(0, end - window) : end] if not math.isnan(x)]
-        means.append(sum(known) / len(known) if known else math.nan)
-    return means
+    parts = (values[max(0, end - window) : end] for end in range(1, len(values) + 1))
+    known = ([x for x in part if not math.isnan(x)] for part in parts)
+    return [fmean(part) if part else math.nan for part in known]
 
 
 # ------------------------------------------------------------------------------------ the figures
 
 
 def draw_runs(runs: list[Run], window: int):
-    """A matplotlib Figure: the panels of the runs' stage that have something to show, and the time.
+    """A matplotlib Figure: the panels of the runs' stage that have something to show.
 
     Args:
         window: of the running mean, in recorded steps.
     """
-    from matplotlib.figure import Figure  # without pyplot: never a window
-    from matplotlib.lines import Line2D
-
     records = [record for run in runs for record in run.metrics + run.validation]
-    known = dict.fromkeys(key for record in records for key in record if record[key] is not None)
-    panels = [panel for panel in PANELS[runs[0].stage] if known.keys() & panel[2]]
-    timings = [key for key in known if key.startswith("seconds")]
-    num_columns = min(4, math.ceil((len(panels) + 1) / 2))
-    num_rows = math.ceil((len(panels) + 1) / num_columns)
+    known = {key for record in records for key in record if record[key] is not None}
+    panels = [panel for panel in PANELS[runs[0].stage] if known.intersection(panel[1])]
+    num_columns = min(4, math.ceil(len(panels) / 2))
+    num_rows = math.ceil(len(panels) / num_columns)
     figure = Figure((4.3 * num_columns, 3.1 * num_rows + 0.7), layout="constrained")
-    grid = figure.add_gridspec(num_rows, num_columns)
-    for number, (title, unit, keys) in enumerate(panels):
-        axes = figure.add_subplot(grid[divmod(number, num_columns)])
-        draw_panel(axes, keys, runs, window)
+    for place, (title, keys) in enumerate(panels, start=1):
+        axes = figure.add_subplot(num_rows, num_columns, place)
+        draw_lines(axes, keys, runs, window)
         axes.set_title(title, pad=18)
-        axes.set_ylabel(unit)
-        if keys[0] in SHARES:
-            axes.set_ylim(-0.03, 1.03)  # a line at 0 or at 1 stays visible
-    row, start = divmod(len(panels), num_columns)
-    draw_timings(figure.add_subplot(grid[row, start:]), timings, runs)
-
-    folders = [run.folder.resolve() for run in runs]
-    parent = os.path.commonpath([folder.parent for folder in folders])
-    names = [os.path.relpath(folder, parent) for folder in folders]
-    if len(runs) == 1:
-        figure.suptitle(f"{runs[0].stage}: {Path(*folders[0].parts[-2:])}")
-    else:
-        handles = [Line2D([], [], color=colour, linewidth=3) for colour in COLOURS[: len(runs)]]
-        figure.legend(handles, names, loc="outside upper center", ncols=4, fontsize=9)
-    figure.supxlabel(f"pale: each step; strong: mean of the last {window}; circles: validation",
-                     fontsize=8, color="0.3")  # fmt: skip
+    names = [str(run.folder) for run in runs]
+    figure.suptitle(f"{runs[0].stage}: {names[0]}" if len(runs) == 1 else runs[0].stage)
+    if len(runs) > 1:
+        handles = [Line2D([], [], color=colour) for colour in COLOURS[: len(runs)]]
+        figure.legend(handles, names, loc="outside upper center", ncols=4)
+    figure.supxlabel(f"pale: each step; strong: mean of the last {window}; circles: validation")
     return figure
 
 
-def draw_panel(axes, keys: tuple[str, ...], runs: list[Run], window: int) -> None:
+def draw_lines(axes, keys: tuple[str, ...], runs: list[Run], window: int) -> None:
     """Lines, and circles for validation. One run has a colour per key; several have a colour each,
     and a dash pattern per key."""
     for number, key in enumerate(keys):
@@ -181,46 +167,19 @@ def draw_panel(axes, keys: tuple[str, ...], runs: list[Run], window: int) -> Non
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 0.98), ncols=3, fontsize=7)
 
 
-def draw_timings(axes, keys: list[str], runs: list[Run]) -> None:
-    """Bars of the median step and of its phases, a colour per run. Not stacked: each phase is its
-    slowest rank's, so that they may exceed the step."""
-    width = 0.8 / len(runs)
-    for number, run in enumerate(runs):
-        known = [[x for x in column(run.metrics, key) if not math.isnan(x)] for key in keys]
-        left = [place - 0.4 + number * width for place in range(len(keys))]
-        heights = [median(values) if values else 0.0 for values in known]
-        axes.bar(left, heights, width, align="edge", color=COLOURS[number])
-    names = ["step" if key == "seconds" else key.removeprefix("seconds_") for key in keys]
-    axes.set_xticks(range(len(keys)), names)
-    axes.grid(False, axis="x")
-    axes.set(title="Time of a step and of its phases", ylabel="seconds, median over steps")
-
-
 def draw_composition(path: Path, data_root: str):
     """Figure 2 from a data file: rows by category and by problem type, the largest first."""
-    from matplotlib.figure import Figure
-
     samples, faults = check_rows(path, data_root or None)
     require(samples, f"{path} holds no row that can be read: {faults[:1]}")
     counts = composition(samples, Path(data_root or path.parent).absolute())
-    categories: Counter[str] = Counter()
-    for name, count in counts["category"].items():
-        categories["other" if name.startswith("other: ") else name] += count
-    figure = Figure((8, 0.3 * len(categories) + 3.4), layout="constrained")
-    panels = figure.subplots(2, height_ratios=[max(3, len(categories)), 5])
+    figure = Figure((8, 6), layout="constrained")
     figure.suptitle(f"{path.name}: {len(samples):,} rows (paper: Figure 2)")
-    for axes, title, bars, colour in (
-        (panels[0], "category", categories, COLOURS[0]),
-        (panels[1], "problem type", counts["problem_type"], COLOURS[2]),
-    ):
-        names, values = zip(*reversed(bars.most_common()), strict=True)
+    for axes, kind in zip(figure.subplots(2), ("category", "problem_type"), strict=True):
+        names, values = zip(*reversed(counts[kind].most_common()), strict=True)
         labels = [f"{value:,} ({value / len(samples):.1%})" for value in values]
-        axes.bar_label(axes.barh(names, values, color=colour), labels, padding=3)
-        axes.set(title=title, xlabel="rows")
+        axes.bar_label(axes.barh(names, values, color=COLOURS[0]), labels, padding=3)
+        axes.set_title(kind)
         axes.margins(x=0.18)
-        axes.grid(False, axis="y")
-    if faults:
-        figure.supxlabel(f"{len(faults):,} rows that cannot be read are left out", fontsize=8)
     return figure
 
 
@@ -233,31 +192,26 @@ def main() -> None:
     add("--window", type=int, help="of the running mean, in steps; default: 1/50 of the run")
     add("--data_root", default="", help="of a data file; default: its folder")
     options = parser.parse_args()
+    first, num_runs = options.paths[0], len(options.paths)
     require(options.window is None or options.window >= 1, "--window must be at least 1")
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        raise UserError("plot.py draws with matplotlib: pip install matplotlib") from None
-    first = options.paths[0]
+    require(num_runs <= len(COLOURS), f"a figure has {len(COLOURS)} colours")
     with matplotlib.rc_context(STYLE):
         if first.is_file() and first.name != "metrics.jsonl":
-            require(len(options.paths) == 1, f"{first} is a data file: name it alone")
-            figure, out = draw_composition(first, options.data_root), first.parent
-            out /= "composition.png"
+            require(num_runs == 1, f"{first} is a data file: name it alone")
+            figure = draw_composition(first, options.data_root)
+            out = options.out or first.parent / "composition.png"
         else:
-            require(len(options.paths) <= len(COLOURS), f"a figure has {len(COLOURS)} colours")
             runs = [load_run(path) for path in options.paths]
-            stages = {run.stage for run in runs}
-            require(len(stages) == 1, "runs of different stages share no figure")
+            same = len({run.stage for run in runs}) == 1
+            require(same, "runs of different stages share no figure")
             window = options.window or max(1, max(len(run.metrics) for run in runs) // 50)
-            figure, out = draw_runs(runs, window), runs[0].folder / "curves.png"
-        out = options.out or out
+            figure, out = draw_runs(runs, window), options.out or runs[0].folder / "curves.png"
         try:
             figure.savefig(out, dpi=120, format="png")
         except OSError as error:
-            raise UserError(f"--out {out} cannot be written: {error.strerror}") from None
+            raise UserError(f"--out {out}: {error.strerror}") from None
     print(f"figure written to {out}")
 
 
 if __name__ == "__main__":
-    distributed.run(main)
+    run_main(main)

@@ -51,6 +51,7 @@ from model import (
     load_tokenizer,
     model_card,
     pack_groups,
+    require_possible,
     require_room,
     shard,
 )
@@ -95,6 +96,7 @@ def train(config: SFTConfig, world: World) -> bool:
         prompt = make_prompt(samples[index], tokenizer, decoded, **prompt_options)
         response = response_ids(samples[index], tokenizer)
         require_room(prompt, len(response), model.config)
+        require_possible(response, model.config)
         return prompt, response
 
     with run, DecoderPool(config.num_workers, config.decode_timeout) as pool:

@@ -4,17 +4,9 @@ Each overall score is given twice: "benchmark" as the benchmark's own authors av
 the paper's do (Tables 1-3). Every score is given over all items, where one with unusable media
 counts 0, and over the decodable ones alone, with a 95% interval over videos (weighted_mean).
 
-    VSI-Bench    mean of 8 tasks          vision-x-nyu/thinking-in-space, lmms_eval/tasks/vsibench
-    VideoMMMU    mean of 3 tracks         videommmu/VideoMMMU, README; lmms-eval, tasks/videommmu
-    MMVU         accuracy                 yale-nlp/MMVU, utils/eval_utils.py
-    MVBench      mean of 20 tasks         OpenGVLab/Ask-Anything, video_chat2/mvbench.ipynb
-    TempCompass  accuracy of each kind    llyx97/TempCompass, utils/eval_utils.py, print_result
-    Video-MME    accuracy where answered  BradyFU/Video-MME, evaluation/eval_your_results.py
-    the paper    mean accuracy; VSI-Bench (mean accuracy + mean MRA) / 2; unreadable videos are
-                 wrong                    tulerfeng/Video-R1, src/eval_bench.py and issue 121
-
-Only how they average is taken from there. What counts as correct is defined in rewards.py; MMVU
-and TempCompass also ask a language model.
+The paper's authors (tulerfeng/Video-R1, src/eval_bench.py and issue 121) count unreadable videos
+as wrong too. Only how authors average is taken from them. What counts as correct is defined in
+rewards.py; MMVU and TempCompass also ask a language model.
 
 An item is a dict with at least row, problem_id, problem, problem_type, options, path, answer,
 score (in [0, 1]; None: unusable media), score_paper, error and extra (the row's further keys).
@@ -64,8 +56,7 @@ def mean_relative_accuracy(answer: float, reference: float, strict: bool = False
 
     It passes if |answer - reference| / |reference| <= 1 - theta; strict: <, as the paper's authors
     have it. A reference of 0 requires a 0. Both numbers are finite and compared as exact decimals
-    of 15 digits, so that 9.5 for 10 is off by 5%, not by 5.000000000000004%. (At such edges the
-    authors' two scripts, in float64 and float32, pass or fail by rounding.)
+    of 15 digits, so that 9.5 for 10 is off by 5%, not by 5.000000000000004%.
 
     >>> mean_relative_accuracy(8.0, 10.0), mean_relative_accuracy(8.0, 10.0, strict=True)
     (0.7, 0.6)
@@ -79,24 +70,41 @@ def mean_relative_accuracy(answer: float, reference: float, strict: bool = False
 
 
 # ---------------------------------------------------------------------------------------- groups
-# A key function names the groups that an item is in, outermost first: ("task", "level"). The
-# groups of one level have equal weight, however many items they have.
+# A key names the groups of an item, outermost first; those of one level have equal weight.
+
+Key = Callable[[dict], tuple]
 
 
 def _everything(item: dict) -> tuple:
     return ()
 
 
-def _unknown(item: dict) -> tuple:
-    return (UNKNOWN,)
-
-
 def _metric(item: dict) -> tuple:
     return ("MRA" if item["problem_type"] == "regression" else "accuracy",)
 
 
-def _extra(name: str) -> Callable[[dict], tuple]:
+def _extra(name: str) -> Key:
     return lambda item: (str(item["extra"].get(name) or UNKNOWN),)
+
+
+def _block(item: dict, names: Sequence[str], size: int) -> str:
+    """The group of a row in a file of equal blocks, by its problem_id, which counts from 1."""
+    number = item["problem_id"]
+    inside = isinstance(number, int) and 1 <= number <= size * len(names)
+    return names[(number - 1) // size] if inside else UNKNOWN
+
+
+def _track(item: dict) -> tuple:
+    """Unknown if the path contradicts it: question_only holds videos of the adaptation track."""
+    track = _block(item, TRACKS, 300)
+    other = track != "adaptation" and "question_only" in item["path"]
+    return (UNKNOWN if other else track,)
+
+
+def _mvbench_task(item: dict) -> tuple:
+    """Unknown if the path contradicts it: several tasks share a folder."""
+    task = _block(item, tuple(MVBENCH_TASKS), 200)
+    return (task if MVBENCH_TASKS.get(task) in PurePath(item["path"]).parts else UNKNOWN,)
 
 
 def _vsi_task(item: dict) -> tuple:
@@ -104,50 +112,6 @@ def _vsi_task(item: dict) -> tuple:
     if kind.startswith("object_rel_direction"):  # _easy, _medium, _hard
         return "object_rel_direction", kind
     return (kind if kind in VSI_TASKS else UNKNOWN,)
-
-
-def _numbered(item: dict, names: Sequence[str], block: int) -> str:
-    """The group of a row in a file of equal blocks, by its problem_id, which counts from 1."""
-    number = item["problem_id"]
-    inside = isinstance(number, int) and 1 <= number <= block * len(names)
-    return names[(number - 1) // block] if inside else UNKNOWN
-
-
-def _track(item: dict) -> tuple:
-    """Rows do not name their track: problem_id 1-300 are adaptation, 301-600 comprehension, 601-900
-    perception, three passes over the same 300 lectures (_doubt_tracks checks that)."""
-    return (_numbered(item, TRACKS, 300),)
-
-
-def _doubt_tracks(items: list[dict]) -> str:
-    """Some versions of the file show question_only/<lecture>_image.mp4 in the adaptation track
-    (issue 69 of Video-R1)."""
-    lectures, num_confirmed = {}, 0
-    for item in items:
-        path, track = PurePath(item["path"]), _track(item)[0]
-        if track == UNKNOWN or ("question_only" in path.parts and track != TRACKS[0]):
-            return f"row {item['row']} is not where its problem_id belongs"
-        place = item["problem_id"] % 300
-        num_confirmed += place in lectures
-        lecture = path.stem.removesuffix("_image")
-        if lectures.setdefault(place, lecture) != lecture:
-            return f"row {item['row']} shows another lecture than the other tracks at its place"
-    return "" if num_confirmed else "no lecture is there in two tracks to confirm the numbering"
-
-
-def _mvbench_task(item: dict) -> tuple:
-    """Rows do not name their task: problem_id counts 200 for each in alphabetical order."""
-    return (_numbered(item, tuple(MVBENCH_TASKS), 200),)
-
-
-def _doubt_tasks(items: list[dict]) -> str:
-    """Several tasks share a folder, so it can contradict the numbers but not replace them."""
-    for item in items:
-        task = _mvbench_task(item)[0]
-        if MVBENCH_TASKS.get(task) not in PurePath(item["path"]).parts:
-            where = f"row {item['row']}, problem_id {item['problem_id']!r} ({task})"
-            return f"{where}, is not in the folder of this task's videos: {item['path']}"
-    return ""
 
 
 def _tempcompass_kind(item: dict) -> tuple:
@@ -164,11 +128,6 @@ def _tempcompass_kind(item: dict) -> tuple:
     return ("yes_no" if options == {"yes", "no"} else "multi-choice",)
 
 
-def _mmvu_subject(item: dict) -> tuple:
-    *_, videos, folder, _ = ("", "", *PurePath(item["path"]).parts)  # MMVU/videos/Chemistry/0.mp4
-    return (folder if videos == "videos" else UNKNOWN,)
-
-
 def _answered(item: dict) -> bool:
     """Video-MME's script leaves out a response in which it finds no letter A-D."""
     return item["error"] is not None or re.search("[ABCD]", item["answer"] or "") is not None
@@ -179,53 +138,42 @@ class Benchmark(NamedTuple):
 
     column: str
     definition: str
-    overall: Callable[[dict], tuple] = _everything  # the groups of its macro mean
-    groups: Sequence[str] = ()  # the outermost of them, all of which the whole benchmark has
-    by: dict[str, Callable[[dict], tuple]] = {}
+    by: dict[str, Key]  # groupings
+    macro: str = ""  # the one whose groups have equal weight overall; "": one mean over items
+    groups: Sequence[str] = ()  # those of it that the whole benchmark has
     counts: Callable[[dict], bool] = lambda item: True  # in its overall score
-    doubt: Callable[[list[dict]], str] = lambda items: ""  # why the groups cannot be trusted
 
 
 BENCHMARKS = {  # in the order of Table 1
+    # vision-x-nyu/thinking-in-space, lmms_eval/tasks/vsibench: the mean of a task is the mean of
+    # its levels, which object_rel_direction has
     "vsibench": Benchmark(
-        "VSI-Bench",
-        "unweighted mean of 8 tasks, MRA (<=) or accuracy; object_rel_direction is the mean of its "
-        "levels easy, medium and hard",
-        _vsi_task, VSI_TASKS,
-        {"task": _vsi_task, "question_type": _extra("original_question_type"), "metric": _metric},
+        "VSI-Bench", "mean of 8 tasks, MRA (<=) or accuracy",
+        {"task": _vsi_task, "metric": _metric}, "task", VSI_TASKS,
     ),
+    # videommmu/VideoMMMU, README; lmms-eval, tasks/videommmu
     "videommmu": Benchmark(
-        "VideoMMMU",
-        "unweighted mean of the accuracies of 3 tracks, told apart by problem_id in blocks of 300",
-        _track, TRACKS, {"track": _track}, doubt=_doubt_tracks,
+        "VideoMMMU", "mean of 3 tracks, by problem_id in blocks of 300",
+        {"track": _track}, "track", TRACKS,
     ),
-    "mmvu": Benchmark(
-        "MMVU (mc)", "accuracy over questions, here the multiple-choice ones",
-        by={"subject": _mmvu_subject},
-    ),
+    # yale-nlp/MMVU, utils/eval_utils.py
+    "mmvu": Benchmark("MMVU (mc)", "accuracy, multiple choice only", {}),
+    # OpenGVLab/Ask-Anything, video_chat2/mvbench.ipynb
     "mvbench": Benchmark(
-        "MVBench",
-        "unweighted mean of the accuracies of 20 tasks, told apart by problem_id in blocks of 200; "
-        "the authors' notebook takes correct / total, which is the same for equal blocks",
-        _mvbench_task, tuple(MVBENCH_TASKS), {"task": _mvbench_task}, doubt=_doubt_tasks,
+        "MVBench", "mean of 20 tasks, by problem_id in blocks of 200",
+        {"task": _mvbench_task}, "task", tuple(MVBENCH_TASKS),
     ),
+    # llyx97/TempCompass, utils/eval_utils.py, print_result: one accuracy for each kind
     "tempcompass": Benchmark(
-        "TempCompass",
-        "unweighted mean of the accuracies of 4 kinds of question; the authors print one accuracy "
-        "for each kind",
-        _tempcompass_kind, TEMPCOMPASS_KINDS,
-        {"kind": _tempcompass_kind, "dimension": _extra("dim")},
+        "TempCompass", "mean of 4 kinds of question",
+        {"kind": _tempcompass_kind, "dimension": _extra("dim")}, "kind", TEMPCOMPASS_KINDS,
     ),
+    # BradyFU/Video-MME, evaluation/eval_your_results.py
     "videomme": Benchmark(
-        "VideoMME (wo sub)",
-        "accuracy over answered questions: those whose answer holds a letter A-D",
-        by={"duration": _extra("duration"), "domain": _extra("domain"),
-            "task": _extra("task_type")},
-        counts=_answered,
+        "VideoMME (wo sub)", "accuracy where the answer holds a letter A-D",
+        {key: _extra(key) for key in ("duration", "domain", "task_type")}, counts=_answered,
     ),
-    "generic": Benchmark(
-        "", "mean score over items", by={"problem_type": lambda item: (item["problem_type"],)}
-    ),
+    "generic": Benchmark("", "mean score", {"problem_type": lambda item: (item["problem_type"],)}),
 }  # fmt: skip
 PAPER = "mean accuracy; with regression items: (mean accuracy + mean MRA with <) / 2"
 
@@ -234,18 +182,6 @@ def benchmark_of(name: str) -> str:
     """The benchmark of a data file, by its stem: eval_mvbench is mvbench, another file generic."""
     short = name.removeprefix("eval_")
     return short if short != name and short in BENCHMARKS else "generic"
-
-
-def _with_trusted_groups(name: str, items: list[dict]) -> tuple[Benchmark, str]:
-    """The benchmark of a data file, and why its groups are unknown in these items ("": they are
-    not)."""
-    benchmark = BENCHMARKS[benchmark_of(name)]
-    doubt = benchmark.doubt(items) if items else ""
-    if doubt:
-        by = dict.fromkeys(benchmark.by, _unknown)
-        return benchmark._replace(overall=_unknown, by=by), doubt
-    num_unknown = sum(benchmark.overall(item)[:1] == (UNKNOWN,) for item in items)
-    return benchmark, f"{num_unknown} items name no known group" if num_unknown else ""
 
 
 # ------------------------------------------------------------------------------ means, intervals
@@ -257,16 +193,11 @@ def weighted_mean(
 ) -> tuple[float, list[float]]:  # fmt: skip
     """A weighted mean and its 95% interval, a percentile bootstrap over videos.
 
-    Items of one video are not independent. So each of NUM_RESAMPLES resamples draws as many videos
-    as there are (C) with replacement, all their items with them, and takes the mean again: in each
-    group, then over the groups that were drawn, by the groups' weights. The interval runs from the
-    2.5th to the 97.5th percentile of these means; SEED fixes it. Below some 30 videos it is too
-    short.
-
-    One video, or no spread between videos: every resample is the same. Then the interval is the
-    exact binomial bound for "0 of C": up to the share 1 - 0.025^(1/C) of all videos may score
-    otherwise, all of them at either end of the scale. 0 correct in 20 videos gives [0, 0.168], one
-    video nearly the whole scale.
+    Items of one video are not independent, so each of NUM_RESAMPLES resamples draws as many videos
+    as there are (C) with replacement, all their items with them, and takes the mean in each group,
+    then over the drawn groups by their weights. Below some 30 videos the interval is too short.
+    Where no resample differs, it is the exact binomial bound for "0 of C": up to the share
+    1 - 0.025^(1/C) of all videos may score otherwise. 0 correct in 20 videos gives [0, 0.168].
 
     Args:
         scores: in [lowest, 1], at least one. weights: positive. videos: the cluster of each item.
@@ -274,10 +205,12 @@ def weighted_mean(
         lowest: 0, or -1 for differences of scores.
     """
     score, weight = np.asarray(scores, float), np.asarray(weights, float)  # (N,)
-    mean = float((weight * score).sum() / weight.sum())
-    video = _numbers(videos)  # (N,), in 0 .. C - 1
-    group = _numbers([()] * len(score) if groups is None else groups)  # (N,), in 0 .. K - 1
-    num_videos, num_groups = max(video) + 1, max(group) + 1
+    mean = float(np.average(score, weights=weight))
+    groups = [""] * len(score) if groups is None else groups
+    # (N,) in 0 .. C - 1 and 0 .. K - 1
+    video, group = (np.unique([str(x) for x in names], return_inverse=True)[1]
+                    for names in (videos, groups))  # fmt: skip
+    num_videos, num_groups = video.max() + 1, group.max() + 1
     sums = np.zeros((2, num_videos, num_groups))
     np.add.at(sums, (0, video, group), weight * score)
     np.add.at(sums, (1, video, group), weight)
@@ -296,146 +229,99 @@ def weighted_mean(
     return mean, np.quantile(means, (0.025, 0.975)).tolist()
 
 
-def _numbers(names: Sequence[Hashable]) -> list[int]:
-    """Each name as its place among the different ones."""
-    places: dict[Hashable, int] = {}
-    return [places.setdefault(name, len(places)) for name in names]
-
-
 def _equal_weights(keys: Sequence[tuple]) -> list[float]:
     """Weights under which the groups of each level count the same: 1 / (K n_k) for K groups of n_k
     items. They sum to 1."""
-    children = defaultdict(set)
-    for key in set(keys):
-        for depth, name in enumerate(key):
-            children[key[:depth]].add(name)
-    sizes = Counter(keys)
-    return [
-        1 / sizes[key] / math.prod(len(children[key[:depth]]) for depth in range(len(key)))
-        for key in keys
-    ]
+    sizes, prefixes = Counter(keys), {key[:end] for key in keys for end in range(1, len(key) + 1)}
+    siblings = Counter(prefix[:-1] for prefix in prefixes)
+    return [1 / sizes[key] / math.prod(siblings[key[:depth]] for depth in range(len(key)))
+            for key in keys]  # fmt: skip
 
 
-def _mean(scores: list[float], items: list[dict], key: Callable, lowest: float = 0.0) -> tuple:
-    """weighted_mean over equal groups; (None, None) if there is no item or a group is not known."""
-    keys = [key(item) for item in items]
-    if not scores or any(key[:1] == (UNKNOWN,) for key in keys):
-        return None, None
+def _mean(values: list[float], items: list[dict], key: Key | None, name: str, lowest=0.0) -> dict:
+    """n, videos, the mean under its name and its interval: None where there is none."""
     videos = [item["path"] for item in items]
-    return weighted_mean(scores, _equal_weights(keys), videos, keys, lowest)
+    mean = interval = None
+    if values and key is not None:
+        keys = [key(item) for item in items]
+        mean, interval = weighted_mean(values, _equal_weights(keys), videos, keys, lowest)
+    return {"n": len(items), "videos": len(set(videos)), name: mean, "interval": interval}
 
 
-def _score(items: list[dict], key: Callable = _everything, field: str = "score") -> dict:
-    score, interval = _mean([item[field] for item in items], items, key)
-    num_videos = len({item["path"] for item in items})
-    return {"n": len(items), "videos": num_videos, "score": score, "interval": interval}
+def _score(items: list[dict], key: Key | None, field: str = "score") -> dict:
+    return _mean([item[field] for item in items], items, key, "score")
 
 
-def _split(items: list[dict], key: Callable) -> dict[str, list[dict]]:
-    """The items of each outermost group, the groups in alphabetical order."""
+def paired_difference(
+    items_a: list[dict], items_b: list[dict], key: Key | None = _everything, field: str = "score"
+) -> dict:
+    """The mean of score(a) - score(b) over the items that are usable on both sides.
+
+    By default over items, else over the equal groups of `key`. num_unpaired counts the items that
+    only one side has or could use. Items are matched by row and problem_id.
+    """
+    a, b = ({(item["row"], item["problem_id"]): item for item in items if item[field] is not None}
+            for items in (items_a, items_b))  # fmt: skip
+    both = [name for name in a if name in b]
+    values = [a[name][field] - b[name][field] for name in both]
+    found = _mean(values, [a[name] for name in both], key, "difference", lowest=-1.0)
+    return found | {"num_unpaired": len(a.keys() ^ b.keys())}
+
+
+def _split(items: list[dict], key: Key) -> dict[str, list[dict]]:
+    """The items of each outermost group; none of a group that is not there."""
     groups = defaultdict(list)
     for item in items:
         groups[key(item)[0]].append(item)
-    return dict(sorted(groups.items()))
+    return groups
 
 
-def _inner(key: Callable) -> Callable:
-    return lambda item: key(item)[1:]
+def _report(benchmark: Benchmark, measure: Callable[..., dict], *sides: list[dict]) -> dict:
+    """A measure (_score, paired_difference) under both definitions, and by group. The benchmark's
+    own has a note if groups of its macro mean are missing or not known: then there is no mean."""
+    note, overall = "", _everything
+    if benchmark.macro:
+        overall = benchmark.by[benchmark.macro]
+        rows = {overall(item)[0]: item["row"] for item in sides[0]}
+        missing = [name for name in benchmark.groups if name not in rows]
+        note = f"no item of {', '.join(missing)}" if missing else ""
+        if UNKNOWN in rows:
+            note = f"no mean of groups: the {benchmark.macro} of row {rows[UNKNOWN]} is unknown"
+            overall = None
+    groups = {}
+    for grouping, key in benchmark.by.items():
+        parts = [_split(side, key) for side in sides]
+        names = sorted(set().union(*parts))
+        groups[grouping] = {name: measure(*(part[name] for part in parts), key) for name in names}
+    counted = [[item for item in side if benchmark.counts(item)] for side in sides]
+    return {
+        "overall": {
+            "benchmark": measure(*counted, overall) | {"note": note},
+            "paper": measure(*sides, _metric, "score_paper"),
+        },
+        "by": groups,
+    }
 
 
 def score_benchmark(name: str, items: list[dict]) -> dict:
     """All scores of one benchmark, ready for JSON.
 
-    Args:
-        name: the data file's stem. items: score and score_paper are None where the media is
-            unusable, and `error` says why.
-    Returns:
-        benchmark, definitions (of the two overall scores), all_items and decodable_items (see
-        _scores), unusable. Each score is {"n", "videos", "score", "interval"}, in [0, 1], None
-        where there is nothing to average, or a macro mean whose groups are not known.
+    Items with unusable media have score and score_paper None. A score is {"n", "videos", "score" in
+    [0, 1], "interval"}; overall and by hold those of all_items and of decodable_items.
     """
-    benchmark, doubt = _with_trusted_groups(name, items)
+    benchmark = BENCHMARKS[benchmark_of(name)]
     usable = [item for item in items if item["score"] is not None]
-    unusable = [item for item in items if item["score"] is None]
-    as_zero = [{**item, "score": 0.0, "score_paper": 0.0} for item in unusable]
-    # Without file names and numbers, so that 900 missing videos are one reason.
-    texts = [str(item["error"]).removeprefix(f"{item['path']}: ") for item in unusable]
-    keys = ("row", "problem_id", "path", "error")
+    lost = [{**item, "score": 0.0, "score_paper": 0.0} for item in items if item["score"] is None]
     return {
         "benchmark": benchmark_of(name),
         "definitions": {"benchmark": benchmark.definition, "paper": PAPER},
-        "all_items": _scores(benchmark, doubt, usable + as_zero),
-        "decodable_items": _scores(benchmark, doubt, usable),
-        "unusable": {
-            "n": len(unusable),
-            "reasons": dict(Counter(re.sub(r"\d+", "N", text) for text in texts).most_common()),
-            "items": [{key: item[key] for key in keys} for item in unusable],
-        },
+        "all_items": _report(benchmark, _score, usable + lost),
+        "decodable_items": _report(benchmark, _score, usable),
     }
-
-
-def _scores(benchmark: Benchmark, doubt: str, items: list[dict]) -> dict:
-    """overall: benchmark (groups_missing: those without an item; groups_unknown: why there is no
-    macro mean) and paper (parts: the means that it is the mean of); by: each grouping, with the
-    benchmark's own score."""
-    own = _score([item for item in items if benchmark.counts(item)], benchmark.overall)
-    if benchmark.groups:
-        present = {benchmark.overall(item)[0] for item in items}
-        missing = [name for name in benchmark.groups if name not in present]
-        own["groups_missing"] = [] if doubt else missing
-        own["groups_unknown"] = doubt
-    paper = _score(items, _metric, "score_paper")
-    paper["parts"] = {
-        name: _score(part, field="score_paper") for name, part in _split(items, _metric).items()
-    }
-    by = {
-        grouping: {name: _score(part, _inner(key)) for name, part in _split(items, key).items()}
-        for grouping, key in benchmark.by.items()
-    }
-    return {"overall": {"benchmark": own, "paper": paper}, "by": by}
-
-
-def paired_difference(
-    items_a: list[dict], items_b: list[dict], key: Callable = _everything, field: str = "score"
-) -> dict:
-    """The mean of score(a) - score(b) over the items that are usable on both sides.
-
-    Args:
-        key: the groups of an item that have equal weight. field: score, or score_paper.
-    Returns:
-        n, videos, difference in [-1, 1], its 95% interval, and only_a and only_b: how many items
-        the other side lacks or could not use. Items are matched by row and problem_id.
-    """
-    a, b = ({(item["row"], item["problem_id"]): item for item in items if item[field] is not None}
-            for items in (items_a, items_b))  # fmt: skip
-    both = [a[name] for name in a if name in b]
-    differences = [a[name][field] - b[name][field] for name in a if name in b]
-    mean, interval = _mean(differences, both, key, lowest=-1.0)
-    return {
-        "n": len(both), "videos": len({item["path"] for item in both}), "difference": mean,
-        "interval": interval, "only_a": len(a) - len(both), "only_b": len(b) - len(both),
-    }  # fmt: skip
 
 
 def gaps(name: str, items_a: list[dict], items_b: list[dict]) -> dict:
-    """Paired differences a - b of a benchmark: of two models, or of two orders of the frames.
-
-    Overall under both definitions (Video-MME's over unanswered questions too: they are not the
-    same on both sides), and by each grouping of the benchmark.
-    """
-    benchmark, _ = _with_trusted_groups(name, items_a)
-    by = {}
-    for grouping, key in benchmark.by.items():
-        a, b = _split(items_a, key), _split(items_b, key)
-        by[grouping] = {
-            group: paired_difference(a.get(group, []), b.get(group, []), _inner(key))
-            for group in sorted(a.keys() | b.keys())
-        }
-    return {
-        "benchmark": benchmark_of(name),
-        "overall": {
-            "benchmark": paired_difference(items_a, items_b, benchmark.overall),
-            "paper": paired_difference(items_a, items_b, _metric, "score_paper"),
-        },
-        "by": by,
-    }
+    """Paired differences a - b of a benchmark: of two models, or of two orders of the frames."""
+    benchmark = benchmark_of(name)
+    return {"benchmark": benchmark,
+            **_report(BENCHMARKS[benchmark], paired_difference, items_a, items_b)}  # fmt: skip

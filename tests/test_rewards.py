@@ -34,18 +34,13 @@ def test_the_docstring_examples_hold():
     "response, expected",
     [
         pytest.param("<think>x</think><answer> B\n</answer>", "B", id="stripped"),
-        pytest.param("<answer>a\nb</answer>", "a\nb", id="keeps-inner-line-breaks"),
         pytest.param("<answer>A</answer> no: <answer>B</answer>", "B", id="last-pair"),
         pytest.param("<answer>A</answer> or <answer>C", "A", id="last-complete-pair"),
-        pytest.param("<answer>A</answer></answer>", "A", id="second-closing"),
-        pytest.param("<answer>A<answer>B</answer>", "B", id="second-opening"),
         pytest.param("<answer>A<answer>B</answer>C</answer>", "B", id="nested-innermost"),
         pytest.param("<answer></answer>", "", id="empty-pair"),
         pytest.param("B", None, id="bare-text"),
-        pytest.param("", None, id="empty"),
         pytest.param("<answer>B", None, id="unclosed"),
         pytest.param("B</answer>", None, id="unopened"),
-        pytest.param("</answer>B<answer>", None, id="wrong-order"),
         pytest.param("<ANSWER>B</ANSWER>", None, id="upper-case-tags"),
     ],
 )
@@ -59,20 +54,12 @@ def test_extract_answer(response, expected):
         pytest.param("<think>a</think><answer>b</answer>", 1.0, id="plain"),
         pytest.param(" \n<think>a\nb</think>\n\n<answer>c\nd</answer>\n", 1.0, id="white-space"),
         pytest.param("<think></think><answer></answer>", 1.0, id="empty-parts"),
-        pytest.param("<think>a</think>" + "\n" * 768 + "<answer>b</answer>", 1.0, id="768-breaks"),
-        pytest.param("", 0.0, id="empty"),
         pytest.param("<answer>b</answer>", 0.0, id="no-thought"),
-        pytest.param("<think>a</think>", 0.0, id="no-answer"),
         pytest.param("<think>a</think>so<answer>b</answer>", 0.0, id="text-between"),
         pytest.param("Well <think>a</think><answer>b</answer>", 0.0, id="text-before"),
-        pytest.param("<think>a</think><answer>b</answer>.", 0.0, id="text-after"),
-        pytest.param("<answer>b</answer><think>a</think>", 0.0, id="swapped"),
         pytest.param("<think>a<answer>b</answer></think>", 0.0, id="answer-inside-thought"),
         pytest.param("<think>a</think><answer>b", 0.0, id="cut-off"),
         pytest.param("<think>a<think>b</think><answer>c</answer>", 0.0, id="two-thoughts"),
-        pytest.param("<think>a</think><answer>b</answer><answer>c</answer>", 0.0, id="two-answers"),
-        pytest.param("<think>a<answer></think><answer>b</answer>", 0.0, id="tag-in-thought"),
-        pytest.param("</think><think><answer>b</answer>", 0.0, id="thought-closed-first"),
         pytest.param("<Think>a</Think><answer>b</answer>", 0.0, id="upper-case-tags"),
     ],
 )
@@ -87,25 +74,16 @@ def test_format_reward(response, expected):
         pytest.param("b", 1.0, id="lower-case"),
         pytest.param(" B\n", 1.0, id="white-space"),
         pytest.param("B.", 1.0, id="point"),
-        pytest.param("B:", 1.0, id="colon"),
-        pytest.param("(b)", 1.0, id="round-brackets"),
         pytest.param("[B]", 1.0, id="square-brackets"),
-        pytest.param("B) left", 1.0, id="half-bracket-and-text"),
         pytest.param("(B) left", 1.0, id="brackets-and-text"),
         pytest.param("B. A is wrong", 1.0, id="rest-is-not-searched"),
         pytest.param("A. not B", 0.0, id="first-letter-counts"),
         pytest.param("A", 0.0, id="other-letter"),
         pytest.param("B left", 0.0, id="letter-and-word"),
-        pytest.param("B or B", 0.0, id="or"),
-        pytest.param("BB", 0.0, id="two-letters"),
         pytest.param("Bat", 0.0, id="word"),
-        pytest.param("B,", 0.0, id="comma"),
-        pytest.param("(B", 0.0, id="open-bracket"),
         pytest.param("(B]", 0.0, id="unlike-brackets"),
         pytest.param("It is B.", 0.0, id="sentence"),
-        pytest.param("2", 0.0, id="digit"),
         pytest.param("\u0412", 0.0, id="cyrillic-ve"),
-        pytest.param("", 0.0, id="empty"),
     ],
 )
 def test_multiple_choice(answer, expected):
@@ -151,20 +129,6 @@ def test_what_is_no_number_scores_zero(answer):
     assert rewards.parse_decimal(answer) is rewards.parse_float(answer) is None
     assert score(answer, "5", "numerical") == score(answer, "0", "numerical") == 0.0
     assert score(answer, "5", "regression") == score(answer, "0", "regression") == 0.0
-
-
-@given(st.decimals(allow_nan=False, allow_infinity=False), st.integers(0, 3), st.integers(-3, 3))
-def test_a_number_equals_itself_written_otherwise(number, zeros, power):
-    sign, digits, exponent = number.as_tuple()
-    padded = "0" * zeros + "".join(map(str, digits)) + "0" * zeros
-    written = f"{'-' * sign}{padded}e{exponent - zeros}"
-    shifted = f"{number}".lower().partition("e")[0] + f"e{exponent_of(number) + power}"
-    assert score(written, f"{number}", "numerical") == 1.0
-    assert score(shifted, f"{number}", "numerical") == float(power == 0 or number == 0)
-
-
-def exponent_of(number) -> int:
-    return int(f"{number}".lower().partition("e")[2] or 0)
 
 
 # WER by hand, S substitutions, D deletions, I insertions, N words of the reference:
@@ -271,13 +235,6 @@ def test_the_bare_text_is_never_scored(problem_type):
     assert accuracy_reward("", "<answer></answer>", "OCR") == 0.0
 
 
-@pytest.mark.parametrize("problem_type", TYPES)
-def test_spelling_of_type_and_tags_of_solution_do_not_matter(problem_type):
-    solution = SOLUTIONS[problem_type]
-    for name in (problem_type.upper(), problem_type.title(), f" {problem_type.lower()}\n"):
-        assert score(solution, f"<answer>\n{solution}</answer>", name) == 1.0
-
-
 def test_unknown_problem_type_names_itself_and_the_known_ones():
     for call in (lambda: score("B", "B", "video"), lambda: check_solution("B", "video")):
         with pytest.raises(ValueError) as error:
@@ -303,12 +260,6 @@ def test_a_solution_that_nothing_can_match_is_an_error(solution, problem_type):
     assert score(solution, solution, problem_type) == 0.0  # the reward is total all the same
 
 
-def test_a_bad_solution_is_quoted_in_part():
-    with pytest.raises(ValueError) as error:
-        check_solution("9 " * 10_000, "numerical")
-    assert len(str(error.value)) < 400
-
-
 FRAGMENTS = [
     "<answer>", "</answer>", "<think>", "</think>", "B", "(", ")", "1", ",234", ".", "e9", "-",
     "nan", "\u0665", "\ud800", "\x00", "\n", " ", "cats", "\u732b", "\u0301",
@@ -327,51 +278,19 @@ def test_every_response_has_a_reward(problem_type, text):
         assert format_reward(response) in (0.0, 1.0)
 
 
-NUMBERS = st.integers().map(str) | st.floats(allow_nan=False, allow_infinity=False).map(repr)
-REFERENCES = {
-    "multiple choice": st.sampled_from(["A", "b", "(C)", "[d]", "E. yes", "F) no"]),
-    "numerical": NUMBERS,
-    "OCR": ANY_TEXT,
-    "free-form": ANY_TEXT,
-    "regression": NUMBERS,
-}
-
-
-@pytest.mark.parametrize("problem_type", TYPES)
-def test_the_reference_itself_scores_one(problem_type):
-    @settings(max_examples=150, deadline=None)
-    @given(REFERENCES[problem_type].filter(lambda text: "answer>" not in text))
-    def check(reference):
-        check_solution(reference, problem_type)
-        # One word has no pair of words for ROUGE-2, and a text may hold no word at all.
-        possible = {0.0, 2 / 3, 1.0} if problem_type == "free-form" else {1.0}
-        assert score(reference, reference, problem_type) in possible
-
-    check()
-
-
 # Nothing here measures time: a step that grows with the square of these lengths takes minutes,
 # and the test run does not end.
 ADVERSARIAL = {
     "openings": "<answer>" * 25_000,
-    "closings": "</answer>" * 20_000,
-    "openings-then-closings": "<answer>" * 10_000 + "</answer>" * 10_000,
-    "pairs": "<answer>B</answer>" * 10_000,
-    "thoughts": "<think>" * 20_000 + "</think>",
     "line-breaks": "<think>a</think>" + "\n" * 200_000 + "<answer>b",
     "digits": "1" * 200_000 + "x",
     "groups": "1" + ",234" * 50_000 + "x",
-    "zeros": "0" * 200_000 + "." + "0" * 200_000,
-    "tiny": "0." + "0" * 200_000 + "1",
     "exponent": "1e" + "9" * 200_000,
     "huge-power": "1e999999999999999999",
     "one-word": "y" * 20_000 + "ed",
     "marks": "e" + "\u0301" * 20_000,
     "words": " ".join(map(str, range(40_000))),
-    "one-letter-words": "a " * 100_000,
     "chinese": "\u732b" * 20_000,
-    "surrogates": "\ud800" * 20_000,
-    "blanks": " " * 200_000 + "B",
 }
 
 
@@ -382,15 +301,6 @@ def test_long_texts_are_scored_in_linear_time(name):
         assert format_reward(response) == 0.0
         for problem_type in TYPES:
             assert 0.0 <= accuracy_reward(response, SOLUTIONS[problem_type], problem_type) <= 1.0
-
-
-@pytest.mark.parametrize("problem_type", ["OCR", "free-form"])
-@pytest.mark.parametrize("name", ["one-word", "words", "one-letter-words", "chinese"])
-def test_long_references_are_scored_in_linear_time(name, problem_type):
-    text = ADVERSARIAL[name]
-    one_word = name == "one-word" and problem_type == "free-form"
-    assert score(text, text, problem_type) == (2 / 3 if one_word else 1.0)
-    assert score("B " + text, text, problem_type) > 0.5 or name in ("one-word", "chinese")
 
 
 def test_texts_are_compared_up_to_the_documented_length():

@@ -60,18 +60,9 @@ def test_docstring_examples():
         pytest.param(2, 8, 1, 4, True, id="2/8 ties with 1/4"),  # 8 >= 8
         pytest.param(1, 8, 1, 4, False, id="1/8 below 1/4"),  # 4 < 8
         pytest.param(5, 8, 3, 4, False, id="5/8 below 3/4, though 5 > 3"),  # 20 < 24
-        pytest.param(3, 8, 2, 4, False, id="3/8 below 2/4, though 3 > 2"),  # 12 < 16
         pytest.param(8, 8, 4, 4, True, id="all correct in both"),  # 32 >= 32
-        pytest.param(7, 8, 4, 4, False, id="7/8 below 4/4"),  # 28 < 32
         pytest.param(0, 8, 0, 4, True, id="none correct in either"),  # 0 >= 0
-        pytest.param(1, 8, 0, 4, True, id="1/8 above none"),  # 4 >= 0
-        pytest.param(0, 8, 1, 4, False, id="none below 1/4"),  # 0 < 8
-        pytest.param(1, 1, 1, 1, True, id="one response each, both correct"),
-        pytest.param(0, 1, 1, 1, False, id="one response each, the shuffled one correct"),
         pytest.param(1, 3, 2, 6, True, id="1/3 ties with 2/6"),  # 6 >= 6
-        pytest.param(3, 9, 1, 3, True, id="3/9 ties with 1/3"),  # 9 >= 9
-        pytest.param(2, 3, 4, 6, True, id="2/3 ties with 4/6"),  # 12 >= 12
-        pytest.param(1, 3, 3, 8, False, id="1/3 below 3/8"),  # 8 < 9
         # 49 * (1 / 49) is below 1 in floats.
         pytest.param(49, 49, 1, 1, True, id="49/49 ties with 1/1"),
         # 4140 * 4142 = 4141**2 - 1: smaller by 1 in 17 million, and equal in float32.
@@ -98,14 +89,7 @@ def test_eq1_agrees_with_fractions_for_every_count():
             assert r_t == (0.5 if exceeds else 0.0), (k, size, k_shuffled, size_shuffled)
 
 
-@pytest.mark.parametrize(
-    ("size", "size_shuffled"),
-    [
-        pytest.param(0, 4, id="no ordered"),
-        pytest.param(8, 0, id="no shuffled"),
-        pytest.param(0, 0, id="neither"),
-    ],
-)
+@pytest.mark.parametrize(("size", "size_shuffled"), [(0, 4), (8, 0)])
 def test_eq1_refuses_an_empty_group(size, size_shuffled):
     with pytest.raises(ValueError, match="Eq. 1"):
         tgrpo.temporal_reward(first(0, size), first(0, size_shuffled))
@@ -147,12 +131,9 @@ def test_eq2_by_hand(rewards, correct, r_t, expected):
         ),
         # deviations +-d/2, squares d**2/2, over 1: std d/sqrt(2), so +-1/sqrt(2) for every d
         pytest.param([0.3, 1.3], [-math.sqrt(0.5), math.sqrt(0.5)], id="two values"),
-        pytest.param([-3.0, -1.0, -2.0], [-1.0, 1.0, 0.0], id="negative rewards"),
         pytest.param([1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0], id="no spread"),
-        pytest.param([0.0, 0.0], [0.0, 0.0], id="all zero"),
         pytest.param([1.7], [0.0], id="one response"),
         pytest.param([0.0, 0.99e-6], [0.0, 0.0], id="spread below 1e-6"),
-        pytest.param([0.0, 1e-6], [-math.sqrt(0.5), math.sqrt(0.5)], id="spread of 1e-6"),
         pytest.param([0.0, 1.01e-6], [-math.sqrt(0.5), math.sqrt(0.5)], id="spread above 1e-6"),
         # mean 0.9e-6, deviations -0.9e-6, 0, 0.9e-6: the spread is max - min, not the std
         pytest.param([0.0, 0.9e-6, 1.8e-6], [-1.0, 0.0, 1.0], id="std below 1e-6, spread above"),
@@ -164,17 +145,8 @@ def test_eq3_by_hand(rewards, expected):
 
 def test_eq3_float32_rounding_is_not_spread():
     rewards = torch.full((8,), 1.3)
-    assert_close(tgrpo.group_advantages(rewards), f64([0.0] * 8))
     rewards[3] = torch.nextafter(rewards[3], f64(2.0).float())
-    assert rewards[3] != rewards[0]
     assert_close(tgrpo.group_advantages(rewards), f64([0.0] * 8))
-
-
-def test_eq3_normalises_each_group_by_itself():
-    rewards = f64([[[2.0, 1.0, 0.0], [5.0, 5.0, 5.0]], [[0.0, 0.0, 0.2], [10.0, 30.0, 20.0]]])
-    a = 1 / math.sqrt(3)  # [0, 0, 3a]: mean a, squares a**2 + a**2 + 4a**2 = 6a**2, std sqrt(3)a
-    expected = f64([[[1.0, 0.0, -1.0], [0.0, 0.0, 0.0]], [[-a, -a, 2 * a], [-1.0, 1.0, 0.0]]])
-    assert_close(tgrpo.group_advantages(rewards), expected)
 
 
 def slow_advantages(rewards):
@@ -232,11 +204,7 @@ def test_eq3_invariances(rewards, scale, shift, random):
         pytest.param(400, True, True, id="inside"),
         pytest.param(512, True, True, id="l_max"),
         pytest.param(513, True, False, id="one token long"),
-        pytest.param(0, True, False, id="no token"),
-        pytest.param(768, True, False, id="cut at the limit"),
         pytest.param(320, False, False, id="l_min, wrong"),
-        pytest.param(400, False, False, id="inside, wrong"),
-        pytest.param(512, False, False, id="l_max, wrong"),
     ],
 )
 def test_eq5_by_hand(length, correct, earned):
@@ -284,16 +252,6 @@ def test_kl_is_the_divergence_of_policy_from_reference():
     assert_close((policy * estimates).sum(), f64(exact))
 
 
-@EXAMPLES
-@given(st.lists(st.floats(-50, 50, width=32), min_size=1), st.sampled_from([1, 1e-3, 1e-6]))
-def test_kl_is_never_negative(differences, scale):
-    logp_ref = torch.tensor(differences) * scale
-    kl = tgrpo.kl_divergence(torch.zeros_like(logp_ref), logp_ref)
-    assert kl.dtype == torch.float32
-    assert kl.shape == logp_ref.shape
-    assert (kl >= 0).all()
-
-
 # ---- Eq. 4 by hand
 
 
@@ -309,10 +267,7 @@ def test_kl_is_never_negative(differences, scale):
         pytest.param(1.5, -2.0, 0.2, 3.0, 3.0, 0.0, id="A < 0, above: not clipped"),
         pytest.param(0.9, -2.0, 0.2, 1.8, 1.8, 0.0, id="A < 0, within"),
         pytest.param(0.5, -2.0, 0.2, 1.6, 0.0, 1.0, id="A < 0, below: clipped"),
-        pytest.param(1.5, 0.0, 0.2, 0.0, 0.0, 0.0, id="A = 0"),
-        pytest.param(1.5, 2.0, 0.6, -3.0, -3.0, 0.0, id="A > 0, wide clip"),
         pytest.param(1.5, 2.0, 0.1, -2.2, 0.0, 1.0, id="A > 0, narrow clip"),
-        pytest.param(0.5, -2.0, 0.6, 1.0, 1.0, 0.0, id="A < 0, wide clip"),
         pytest.param(0.5, -2.0, 0.1, 1.8, 0.0, 1.0, id="A < 0, narrow clip"),
     ],
 )
@@ -374,21 +329,6 @@ def test_eq4_two_by_three(level, beta, loss, clip_fraction):
 
 
 @pytest.mark.parametrize(
-    ("level", "loss", "clip_fraction"),
-    [
-        pytest.param("token", -1.1, 0.0, id="token: each ratio 1.1"),
-        pytest.param("sequence", -1.2, 1.0, id="sequence: 1.1 cubed is 1.331"),
-    ],
-)
-def test_eq4_small_steps_add_up_in_a_sequence(level, loss, clip_fraction):
-    logp = f64([[-1.0, -2.0, -3.0]])
-    args = logp - math.log(1.1), logp, f64([1.0]), boolean([[1, 1, 1]])
-    got, metrics = tgrpo.tgrpo_loss(logp, *args, beta=0.0, level=level)
-    assert_close(got, f64(loss))
-    assert metrics["clip_fraction"] == clip_fraction
-
-
-@pytest.mark.parametrize(
     ("level", "expected"),
     [
         # -A / (len G): 1.5 / (3 * 2), -0.5 / (2 * 2)
@@ -410,45 +350,6 @@ def test_eq4_one_update_per_rollout(level, expected):
     leaf = logp.clone().requires_grad_()
     tgrpo.tgrpo_loss(leaf, leaf, *args, beta=0.0, level=level)[0].backward()
     assert_close(leaf.grad, f64(expected))
-
-
-@pytest.mark.parametrize("level", LEVELS)
-def test_eq4_a_response_without_tokens_adds_zero_and_counts(level):
-    logp, logp_old, logp_ref, advantages, mask = two_by_three()
-    alone, alone_grad, alone_metrics = loss_and_grad(
-        logp[:1], logp_old[:1], logp_ref[:1], advantages[:1], mask[:1], level=level
-    )
-    mask[1] = False
-    loss, grad, metrics = loss_and_grad(
-        logp, logp_old, logp_ref, f64([2.0, -7.0]), mask, level=level
-    )
-    assert_close(loss, alone / 2)
-    assert_close(grad, torch.cat([alone_grad / 2, torch.zeros_like(alone_grad)]))
-    assert_close(metrics["kl"], alone_metrics["kl"] / 2)
-    assert metrics["clip_fraction"] == alone_metrics["clip_fraction"]  # no ratio of its own
-
-
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("num_tokens", [0, 3])
-def test_eq4_no_tokens_at_all(level, num_tokens):
-    logp = torch.full((2, num_tokens), -1.0)
-    args = logp - 1, logp + 1, torch.ones(2), torch.zeros(2, num_tokens, dtype=torch.bool)
-    loss, grad, metrics = loss_and_grad(logp, *args, level=level)
-    assert loss == 0
-    assert_close(grad, torch.zeros(2, num_tokens))
-    assert metrics["kl"] == 0
-    assert metrics["clip_fraction"] == 0
-
-
-def test_eq4_one_token_responses_are_the_same_at_both_levels():
-    ratio, ref_ratio = f64([[1.5], [0.5], [1.1], [0.7]]), f64([[2.0], [0.5], [1.0], [3.0]])
-    logp = f64([[-1.0], [-2.0], [-3.0], [-4.0]])
-    args = logp - ratio.log(), logp + ref_ratio.log(), f64([1.0, -1.0, 0.5, -2.0]), boolean([[1]])
-    token, token_grad, token_metrics = loss_and_grad(logp, *args, level="token")
-    sequence, sequence_grad, sequence_metrics = loss_and_grad(logp, *args, level="sequence")
-    assert_close(sequence, token)
-    assert_close(sequence_grad, token_grad)
-    assert sequence_metrics == token_metrics
 
 
 def test_eq4_refuses_an_unknown_level():
@@ -511,7 +412,7 @@ def central_differences(function, rows, step=1e-5):
 
 
 @st.composite
-def problems(draw, levels=LEVELS):
+def problems(draw, level):
     """Arguments of tgrpo_loss in float64; padding holds one of several numbers that bite."""
     lead = draw(st.sampled_from([(), (1,), (2,), (2, 1)]))
     group_size, num_tokens = draw(st.integers(1, 8)), draw(st.integers(0, 6))
@@ -540,7 +441,7 @@ def problems(draw, levels=LEVELS):
         "completion_mask": mask,
         "clip_eps": draw(st.sampled_from([0.1, 0.2, 0.4])),
         "beta": draw(st.sampled_from([0.04, 1.0, 0.0])),
-        "level": draw(st.sampled_from(levels)),
+        "level": level,
     }
 
 
@@ -565,133 +466,25 @@ def assert_agrees_with_slow(problem):
     assert (grad[~problem["completion_mask"]] == 0).all()
 
 
-@EXAMPLES
-@given(problems(["token"]))
-def test_eq4_agrees_with_the_slow_version_at_token_level(problem):
-    assert_agrees_with_slow(problem)
-
-
-@EXAMPLES
-@given(problems(["sequence"]))
-def test_eq4_agrees_with_the_slow_version_at_sequence_level(problem):
-    assert_agrees_with_slow(problem)
-
-
-# ---- Eq. 4: what must not matter
-
-
-@EXAMPLES
-@given(problems(), st.randoms(use_true_random=False))
-def test_eq4_order_of_the_responses_does_not_matter(problem, random):
-    loss, grad, metrics = loss_and_grad(**problem)
-    group_size = problem["advantages"].shape[-1]
-    order = random.sample(range(group_size), group_size)
-    moved = {
-        name: problem[name][..., order, :]
-        for name in ("logp", "logp_old", "logp_ref", "completion_mask")
-    }
-    moved["advantages"] = problem["advantages"][..., order]
-    moved_loss, moved_grad, moved_metrics = loss_and_grad(**{**problem, **moved})
-    assert_close(moved_loss, loss)
-    assert_close(moved_grad, grad[..., order, :])
-    assert_close(moved_metrics["kl"], metrics["kl"])
-    assert_close(moved_metrics["clip_fraction"], metrics["clip_fraction"], 1e-6)
-
-
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("number", [NAN, INF, -INF], ids=str)
-@pytest.mark.parametrize("place", [0, 1, 2], ids=["logp", "logp_old", "logp_ref"])
-def test_eq4_padding_may_hold_any_number(level, number, place):
-    args = two_by_three()
-    loss, grad, metrics = loss_and_grad(*args, level=level)
-    args[place][1, 2] = number
-    dirty_loss, dirty_grad, dirty_metrics = loss_and_grad(*args, level=level)
-    assert torch.equal(dirty_loss, loss)
-    assert torch.equal(dirty_grad, grad)
-    assert dirty_metrics == metrics
-
-
-@pytest.mark.parametrize("level", LEVELS)
-def test_eq4_is_the_mean_over_groups(level):
-    logp, logp_old, logp_ref, advantages, mask = two_by_three()
-    first_group = logp, logp_old, logp_ref, advantages, mask
-    second_group = logp - 0.3, logp_old, logp_ref + 0.1, -advantages, mask.flip(0)
-    losses = [tgrpo.tgrpo_loss(*group, level=level)[0] for group in (first_group, second_group)]
-    both = [torch.stack(pair) for pair in zip(first_group, second_group, strict=True)]
-    assert_close(tgrpo.tgrpo_loss(*both, level=level)[0], (losses[0] + losses[1]) / 2)
+def test_eq4_agrees_with_the_slow_version(level):
+    EXAMPLES(given(problems(level))(assert_agrees_with_slow))()
 
 
 # ---- promises to the caller
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_only_logp_gets_a_gradient(level):
-    *tensors, mask = two_by_three()
-    logp, *others = [x.requires_grad_() for x in tensors]
-    loss, metrics = tgrpo.tgrpo_loss(logp, *others, mask, level=level)
-    loss.backward()
-    assert logp.grad is not None
-    assert [x.grad for x in others] == [None] * 3
-    assert set(metrics) == {"kl", "clip_fraction"}
-    for metric in metrics.values():
-        assert metric.shape == ()
-        assert not metric.requires_grad
-
-
-def inputs():
-    """Every public function with arguments that it could edit."""
-    correct, rewards = boolean([1, 1, 0, 0]), f64([2.0, 1.0, 1.0, 0.0])
-    logp, logp_old, logp_ref, advantages, mask = two_by_three()
-    for x in (logp, logp_old, logp_ref):
-        x[1, 2] = NAN
-    loss_args = logp, logp_old, logp_ref, advantages, mask
-    lengths = torch.tensor([400, 10, 400, 10])
-    return [
-        pytest.param(tgrpo.temporal_reward, (correct, boolean([1, 0])), id="temporal_reward"),
-        pytest.param(tgrpo.add_temporal_reward, (rewards, correct, 0.3), id="add_temporal_reward"),
-        pytest.param(tgrpo.add_length_reward, (rewards, correct, lengths), id="add_length_reward"),
-        pytest.param(tgrpo.group_advantages, (rewards,), id="group_advantages"),
-        pytest.param(tgrpo.temporal_effect, (rewards, rewards + 1), id="temporal_effect"),
-        pytest.param(tgrpo.kl_divergence, (logp[:1], logp_ref[:1]), id="kl_divergence"),
-        pytest.param(tgrpo.tgrpo_loss, loss_args, id="tgrpo_loss, token"),
-        pytest.param(
-            tgrpo.tgrpo_loss, (*loss_args, 0.2, 0.04, "sequence"), id="tgrpo_loss, sequence"
-        ),
-    ]
-
-
-@pytest.mark.parametrize(("function", "args"), inputs())
-def test_inputs_are_not_edited(function, args):
-    tensors = [x for x in args if isinstance(x, torch.Tensor)]
+def test_inputs_are_not_edited():
+    rewards, correct, lengths = f64([2.0, 1.0]), boolean([1, 0]), torch.tensor([400, 10])
+    args = two_by_three()
+    tensors = rewards, correct, lengths, *args
     before = [x.clone() for x in tensors]
-    output = function(*args)
-    for x, copy in zip(tensors, before, strict=True):
-        torch.testing.assert_close(x, copy, rtol=0, atol=0, equal_nan=True)
-    if isinstance(output, torch.Tensor):  # nor does an output share memory with an input
-        output.fill_(-1)
-        for x, copy in zip(tensors, before, strict=True):
-            torch.testing.assert_close(x, copy, rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_dtypes_and_shapes(dtype):
-    rewards, correct = torch.tensor([2.0, 1.0, 0.0], dtype=dtype), boolean([1, 0, 0])
-    lengths = torch.tensor([400, 400, 400])
-    assert_close(
-        tgrpo.add_temporal_reward(rewards, correct, 0.3), rewards + 0.3 * correct.to(dtype), 1e-6
-    )
-    assert_close(
-        tgrpo.add_length_reward(rewards, correct, lengths), rewards + 0.2 * correct.to(dtype), 1e-6
-    )
-    advantages = tgrpo.group_advantages(rewards)
-    assert_close(advantages, f64([1.0, 0.0, -1.0]))  # float64 whatever the rewards are
-    logp = torch.full((3, 2), -1.0, dtype=dtype)
+    tgrpo.add_temporal_reward(rewards, correct, tgrpo.temporal_reward(correct, correct))
+    tgrpo.add_length_reward(rewards, correct, lengths)
+    tgrpo.group_advantages(rewards)
     for level in LEVELS:
-        loss, grad, metrics = loss_and_grad(
-            logp, logp, logp, advantages, first(2, 2).expand(3, 2), level=level
-        )
-        assert loss.shape == ()
-        assert loss.dtype == grad.dtype == metrics["kl"].dtype == dtype
+        tgrpo.tgrpo_loss(*args, level=level)
+    assert all(map(torch.equal, tensors, before))
 
 
 # ---- what the equations imply
@@ -711,14 +504,6 @@ def test_r_t_in_binary_rewards_changes_no_advantage(num_correct):
     assert torch.equal(shaped, rewards) == (num_correct == 0)
     effect = tgrpo.temporal_effect(tgrpo.group_advantages(shaped), without)
     assert_close(effect, torch.zeros(8).double())
-
-
-@pytest.mark.parametrize("num_correct", range(9))
-def test_r_t_in_advantages_always_acts(num_correct):
-    correct = first(num_correct, 8)
-    advantages = tgrpo.group_advantages(1.0 + correct.double())
-    shaped = tgrpo.add_temporal_reward(advantages, correct, 0.3)
-    assert_close(tgrpo.temporal_effect(shaped, advantages), 0.3 * correct.double())
 
 
 def test_r_t_in_varied_rewards_changes_advantages():

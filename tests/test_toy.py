@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from transformers import AutoConfig, AutoTokenizer
 from transformers import Qwen2_5_VLForConditionalGeneration as Qwen
 
@@ -21,7 +22,6 @@ import data
 import rewards
 import toy
 
-ROOT = Path(__file__).parent.parent
 NAMES = tuple(toy.SPLITS)
 
 
@@ -38,11 +38,6 @@ def splits(folder):
 @pytest.fixture(scope="module")
 def tokenizer(folder):
     return AutoTokenizer.from_pretrained(folder / "base")
-
-
-@pytest.fixture(scope="module")
-def model_and_report(folder):
-    return Qwen.from_pretrained(folder / "base", output_loading_info=True)
 
 
 def files(folder):
@@ -77,24 +72,6 @@ def test_made_again_from_the_same_seed_gives_the_same_bytes(folder, tmp_path, mo
     assert [name for name in first if first[name] != second[name]] == []
 
 
-def test_another_seed_gives_other_data_and_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(toy, "SPLITS", dict.fromkeys(NAMES, 40))
-    for seed in (0, 1):
-        for name, make in (("data", toy.make_data), ("base", toy.make_model)):
-            (tmp_path / f"{seed}/{name}").mkdir(parents=True)
-            make(tmp_path / f"{seed}/{name}", seed)
-    first, second = contents(tmp_path / "0"), contents(tmp_path / "1")
-    for name in ("data/sft.json", "data/rl.json", "data/test.json", "base/model.safetensors"):
-        assert first[name] != second[name]
-    videos = {name for name in first.keys() & second.keys() if name.endswith(".y4m")}
-    assert len(videos) > 40
-    assert all(first[name] != second[name] for name in videos)
-    assert first["base/tokenizer.json"] == second["base/tokenizer.json"]  # checkpoints fit both
-    for video in {Path(name).name for name in videos}:  # nor is one split a copy of another
-        shown = [first[name] for name in videos if Path(name).name == video]
-        assert len(set(shown)) == len(shown)
-
-
 def test_only_what_is_missing_is_made_and_only_whole(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     made = []
@@ -120,76 +97,29 @@ def test_only_what_is_missing_is_made_and_only_whole(tmp_path, monkeypatch):
     assert toy.BASE.stat().st_mode & 0o777 == 0o755  # others may read it
 
 
-# Each process waits, its scratch folder written, until the other's is written too.
-TOGETHER = """
-import sys, time
-from pathlib import Path
-import toy
-
-def make_when_both(what):
-    def make(folder, seed):
-        (folder / "file").write_text("whole")
-        Path(f"{what}.{sys.argv[1]}").touch()
-        while len(list(Path().glob(f"{what}.[ab]"))) < 2:
-            time.sleep(0.01)
-    return make
-
-toy.make_model, toy.make_data = make_when_both("model"), make_when_both("data")
-toy.ensure_toy()
-"""
-
-
-def test_two_commands_that_start_together_make_one_toy(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", TOGETHER]
-    processes = [subprocess.Popen([*command, name], cwd=tmp_path, env=environment,
-                                  stderr=subprocess.PIPE, text=True) for name in "ab"]  # fmt: skip
-    ends = [(process.communicate(timeout=120)[1], process.returncode) for process in processes]
-    assert ends == [("", 0)] * 2
-    folder = tmp_path / "runs/toy"
-    assert {path.name for path in folder.iterdir()} == {"base", "data"}
-    for name in ("base", "data"):
-        assert [path.name for path in (folder / name).iterdir()] == ["file"]
-
-
 # ------------------------------------------------------------------------------------ the data sets
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_split_is_in_the_official_format(folder, splits, name):
     rows = json.loads((folder / f"data/{name}.json").read_text(encoding="utf-8"))
-    keys = {"problem_id", "problem", "data_type", "problem_type", "options", "process", "solution",
-            "path", "data_source"}  # fmt: skip
-    assert {frozenset(row) for row in rows} == {frozenset(keys)}
-    assert [row["problem_id"] for row in rows] == [*range(len(rows))]
-    assert all(row["path"].startswith("./") for row in rows)
-    assert abs(len(rows) - toy.SPLITS[name]) <= 3  # the shares of the kinds are rounded
-
+    assert {frozenset(row) for row in rows} == {
+        frozenset({"problem_id", "problem", "data_type", "problem_type", "options", "process",
+                   "solution", "path", "data_source"})
+    }  # fmt: skip
     used = [Path(sample.path) for sample in splits[name]]
     assert len(set(used)) == len(used)
     assert set(used) == set(files(folder / f"data/{name}").values())
     assert {bool(sample.process) for sample in splits[name]} == {name == "sft"}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_split_has_all_types_and_is_mostly_multiple_choice(splits, name):
-    samples = splits[name]
-    types = Counter(sample.problem_type for sample in samples)
-    assert set(types) == set(data.PROBLEM_TYPES)
-    assert types["multiple choice"] > len(samples) / 2
-    kinds = Counter(sample.data_type for sample in samples)
-    assert set(kinds) == {"image", "video"}
-    assert min(kinds.values()) > len(samples) / 10
-    choices = {sample.data_type for sample in samples if is_choice(sample)}
-    assert choices == {"image", "video"}
-
-
-def test_test_set_has_200_video_choices(splits):
+def test_the_test_set_has_200_video_choices_of_balanced_answers(splits):
     videos = [sample for sample in splits["test"] if sample.is_video and is_choice(sample)]
     assert len(videos) >= 200
     answers = Counter(answer_of(sample) for sample in videos)
-    assert set(answers) == set("ABCD")
     assert max(answers.values()) < 0.35 * len(videos)  # no letter pays when it is always given
+    for samples in splits.values():
+        assert {sample.problem_type for sample in samples} == set(data.PROBLEM_TYPES)
 
 
 def test_each_option_text_has_one_letter(splits):
@@ -302,28 +232,19 @@ def test_images_show_what_the_answer_says(splits, name):
     for sample in colours:
         (image,) = data.read_image(sample.path)
         assert colour_of(image) == chosen_text(sample)
-    widths_of_words = {}
     for sample in words:
         (mask,) = bright(data.read_image(sample.path))
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         assert 0 < rows[0] <= rows[-1] < toy.SIDE - 1  # whole within the image
         assert 0 < columns[0] <= columns[-1] < toy.SIDE - 1
-        size = columns[-1] - columns[0]
-        widths_of_words.setdefault(answer_of(sample), set()).add(int(size))
-    assert set(widths_of_words) == set(toy.WORDS)
-    assert all(max(sizes) - min(sizes) <= 1 for sizes in widths_of_words.values())
 
 
 # --------------------------------------------------------------------------------- the model folder
 
 
-def test_model_folder_opens_whole(model_and_report):
-    model, report = model_and_report
+def test_model_folder_opens_whole(folder):
+    _, report = Qwen.from_pretrained(folder / "base", output_loading_info=True)
     assert not any(report.values()), report  # no missing, unexpected or misshapen weights
-    assert type(model) is Qwen
-    assert sum(parameter.numel() for parameter in model.parameters()) < 2_000_000
-    assert all(parameter.isfinite().all() for parameter in model.parameters())
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
 def test_ids_of_config_and_tokenizer_agree(folder, tokenizer):
@@ -332,17 +253,36 @@ def test_ids_of_config_and_tokenizer_agree(folder, tokenizer):
         "image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
         "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>",
     }.items():  # fmt: skip
-        assert getattr(config, name) == tokenizer.convert_tokens_to_ids(token)
         assert tokenizer(token, add_special_tokens=False)["input_ids"] == [getattr(config, name)]
     assert config.text_config.vocab_size == len(tokenizer)
-    assert tokenizer.eos_token == "<|im_end|>"
-    assert tokenizer.pad_token == "<|endoftext|>"
-    assert tokenizer.chat_template
 
 
-@pytest.mark.parametrize("token", toy.SPECIAL + toy.TAGS)
-def test_special_tokens_and_tags_are_one_token(tokenizer, token):
-    ids = tokenizer(f"a{token}b", add_special_tokens=False)["input_ids"]
-    assert tokenizer.convert_tokens_to_ids(token) in ids
-    shown = tokenizer.decode(ids, skip_special_tokens=True)
-    assert shown == ("ab" if token in toy.SPECIAL else f"a{token}b")
+TOGETHER = """
+import sys, time
+from pathlib import Path
+import toy
+
+def make_when_both(what):
+    def make(folder, seed):
+        (folder / "file").write_text("whole")
+        Path(f"{what}.{sys.argv[1]}").touch()
+        while len(list(Path().glob(f"{what}.[ab]"))) < 2:
+            time.sleep(0.01)
+    return make
+
+toy.make_model, toy.make_data = make_when_both("model"), make_when_both("data")
+toy.ensure_toy()
+"""
+
+
+def test_two_commands_that_start_together_make_one_toy(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", TOGETHER]
+    processes = [subprocess.Popen([*command, name], cwd=tmp_path, env=environment,
+                                  stderr=subprocess.PIPE, text=True) for name in "ab"]  # fmt: skip
+    ends = [(process.communicate(timeout=120)[1], process.returncode) for process in processes]
+    assert ends == [("", 0)] * 2
+    folder = tmp_path / "runs/toy"
+    assert {path.name for path in folder.iterdir()} == {"base", "data"}
+    for name in ("base", "data"):
+        assert [path.name for path in (folder / name).iterdir()] == ["file"]
