@@ -14,12 +14,13 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from benchmarks.measure import Meter, patched
+from config import RLConfig
 from data import Prompt
 from infra.distributed import unsharded
 from infra.optim import update
 from model import forbidden_tokens, rope_positions
 from sampling import Rollout, decode_texts
-from train_rl import Group, RLConfig, score_group
+from train_rl import Group, score_group
 
 
 def plain_step(system, batch: list[list[Prompt]], config: RLConfig, meter: Meter) -> None:
@@ -39,15 +40,18 @@ def plain_step(system, batch: list[list[Prompt]], config: RLConfig, meter: Meter
         ]
     with meter("reward"):
         groups = [score_group(ordered, shuffled, config) for ordered, shuffled in rollouts]
+    total = 0.0
     for group in groups:
         with meter("reference"), torch.no_grad():
             logp_ref = copies_logprobs(system.reference, group.ordered)
         with meter("forward"):
             logp = copies_logprobs(policy, group.ordered)
         with meter("backward"):
-            (loss(logp, logp_ref, group, config.beta) / len(groups)).backward()
+            part = loss(logp, logp_ref, group, config.beta) / len(groups)
+            part.backward()
+            total += float(part.detach())
     with meter("optimizer"):
-        update(policy, system.optimizer, config.learning_rate, config.max_grad_norm)
+        update(policy, system.optimizer, config.learning_rate, config.max_grad_norm, total)
 
 
 def copies(prompt: Prompt, count: int, device: torch.device) -> dict[str, Tensor]:

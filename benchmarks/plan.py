@@ -44,7 +44,8 @@ from benchmarks.counting import Load, cache_bytes_per_token
 from infra.distributed import run_main
 from infra.errors import require
 from infra.flags import FlagParser, check_ranges, flag
-from model import LOGITS_PER_BLOCK, MIN_BLOCK, resolve_folder
+from infra.fused import block_width
+from model import resolve_folder
 
 GIB = 2**30
 RESERVE = 0.1  # of a GPU: CUDA, NCCL, cuBLAS, fragmentation. Assumed, measured on no machine
@@ -243,7 +244,7 @@ def in_flight(config: Qwen2_5_VLConfig, tokens: int, patches: int, keys: int, c:
     text, vision = config.get_text_config(), config.vision_config
     return max(
         c * tokens * (3 * text.intermediate_size + 2 * text.hidden_size),  # MLP
-        c * (4 * tokens + 2 * keys) * text.hidden_size,  # attention
+        c * (4 * tokens * text.hidden_size + 2 * keys * counting.key_width(config)),  # attention
         c * patches * (3 * vision.intermediate_size + 2 * vision.hidden_size),
         30 * patches * vision.hidden_size,  # rotary: query and key in float32, several times
     )
@@ -251,7 +252,7 @@ def in_flight(config: Qwen2_5_VLConfig, tokens: int, patches: int, keys: int, c:
 
 def block_logits(config: Qwen2_5_VLConfig, num_tokens: int, on_gpu: bool) -> int:
     """Numbers in the logits of one block of the vocabulary."""
-    width = max(MIN_BLOCK, LOGITS_PER_BLOCK["cuda" if on_gpu else "cpu"] // num_tokens)
+    width = block_width(num_tokens, "cuda" if on_gpu else "cpu")
     return num_tokens * min(width, config.get_text_config().vocab_size)
 
 

@@ -20,6 +20,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -38,14 +39,14 @@ from benchmarks.measure import (
 )
 from benchmarks.plain_recipe import copies_logprobs, plain_step
 from benchmarks.plan import GIB, PlanConfig, estimate
-from data import Media, Prompt, Sample, decode
+from config import RLConfig
+from data import Prompt, Sample, read_frames
 from infra.distributed import World, log, process_group, run_main, unsharded
 from infra.errors import require
 from infra.flags import FlagParser, check_ranges, flag
 from infra.optim import make_optimizer
 from model import forbidden_tokens, group_logprobs, load_normalisation, load_tokenizer
 from train_rl import (
-    RLConfig,
     load_policy_and_reference,
     logprobs,
     make_prompts,
@@ -101,7 +102,8 @@ class StepConfig:
     def rl_config(self) -> RLConfig:
         """The settings as train_rl.py takes them."""
         names = {item.name for item in dataclasses.fields(RLConfig)}
-        return RLConfig(**{key: value for key, value in vars(self).items() if key in names})
+        shared = {key: value for key, value in vars(self).items() if key in names}
+        return RLConfig(**shared, prompts_per_step=self.prompts_per_rank)
 
     def check(self) -> None:
         """Raise UserError naming the first flag whose value makes no sense."""
@@ -147,10 +149,12 @@ def read_prompts(system: System, config: RLConfig, video: str, step: int) -> lis
             options=("A. It stays as it is", "B. Somebody moves", "C. Nothing", "D. It ends"),
             data_source="", process="", row=row,
         )  # fmt: skip
-        frames, seconds = decode(sample, **config.limits())
-        frames = frames[torch.arange(config.max_frames) % len(frames)]
-        media = Media(sample, frames, seconds)
-        batch.append(make_prompts(media, step, system.tokenizer, config, system.prompt_options))
+        limits = (config.max_frames, config.min_pixels, config.max_pixels)
+        frames, seconds = read_frames(video, *limits)
+        frames = frames[numpy.arange(config.max_frames) % len(frames)]
+        batch.append(make_prompts(
+            sample, (frames, seconds), step, 0, system.tokenizer, config, system.prompt_options
+        ))  # fmt: skip
     return batch
 
 
