@@ -23,7 +23,6 @@ activations, FLOPs. Estimated: tensors in flight inside a layer, FSDP2's buffers
 are a range between two assumptions (EFFICIENCY). Responses are taken to be as long as they may be.
 """
 
-import dataclasses
 import sys
 from dataclasses import dataclass
 from math import ceil, isqrt, prod
@@ -340,24 +339,6 @@ def peak(phases: dict) -> tuple[str, int]:
     return max(sums.items(), key=lambda item: item[1])
 
 
-def fitting_flags(config: Qwen2_5_VLConfig, flags: PlanConfig) -> tuple[dict, int] | None:
-    """The fewest changes of flags that make a run fit, and its bytes; None: none of these does.
-
-    They are tried in the order of what they cost: first what only takes time.
-    """
-    limit = (1 - RESERVE) * GPUS[flags.gpu].gib * GIB
-    changes: dict = {}
-    steps = ({}, {"activation_checkpointing": True}, {"prompts_per_rank": 1},
-             {"validation": False}, {"freeze_vision": True}, {"max_pixels": 64 * 28 * 28},
-             {"max_new_tokens": 512}, {"group_size": 4, "shuffled_group_size": 2})  # fmt: skip
-    for step in steps:
-        changes |= {key: value for key, value in step.items() if getattr(flags, key) != value}
-        needed = peak(estimate(config, dataclasses.replace(flags, **changes)))[1]
-        if needed <= limit:
-            return changes, needed
-    return None
-
-
 # ----------------------------------------------------------------------------------------- seconds
 
 
@@ -434,14 +415,12 @@ def table(phases: dict) -> list[str]:
     return [f"{title:31}" + "".join(f"{cell:>12}" for cell in row) for title, row in rows.items()]
 
 
-def verdict(config: Qwen2_5_VLConfig, flags: PlanConfig) -> str:
-    """One line: whether the run fits, and with which flags."""
-    place, found = f"{flags.num_gpus} x {flags.gpu}", fitting_flags(config, flags)
-    if found is None:
-        needed = peak(estimate(config, flags))[1] / GIB
-        return f"{place}: needs {needed:.1f} GiB; no flag of this program makes it fit"
-    words = " ".join(f"--{key} {str(value).lower()}" for key, value in found[0].items())
-    return f"{place}: fits with {found[1] / GIB:.1f} GiB" + (f" and {words}" if words else "")
+def verdict(phases: dict, flags: PlanConfig) -> str:
+    """One line: whether the run fits."""
+    needed, limit = peak(phases)[1] / GIB, (1 - RESERVE) * GPUS[flags.gpu].gib
+    answer = "fits" if needed <= limit else "does not fit"
+    return (f"{flags.num_gpus} x {flags.gpu}: {answer}, {needed:.1f} of {limit:.1f} GiB; "
+            f"{RESERVE:.0%} is left free (assumed)")  # fmt: skip
 
 
 def report(config: Qwen2_5_VLConfig, flags: PlanConfig) -> str:
@@ -454,7 +433,7 @@ def report(config: Qwen2_5_VLConfig, flags: PlanConfig) -> str:
     step = {phase: found for phase, found in phases.items() if phase != "validation"}
     for name, found in (("peak of a step", step), ("with validation", phases)):
         lines.append(f"{name}: {peak(found)[1] / GIB:.1f} GiB in {peak(found)[0]}")
-    lines.append(f"{verdict(config, flags)}; {RESERVE:.0%} of a GPU is left free (assumed)")
+    lines.append(verdict(phases, flags))
     slow, fast = (sum(case) for case in zip(*parts.values(), strict=True))
     lines += ["", f"{'seconds of a step':31}{'from':>12}{'to':>12}"]
     for name, (longest, shortest) in (parts | {"total": (slow, fast)}).items():

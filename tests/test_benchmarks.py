@@ -71,7 +71,7 @@ def test_both_recipes_take_a_step_and_write_what_they_promise(
     # 12 of the video's 8 frames: it starts again. 6 grids of 4 merged patches.
     assert results["tokens"]["vision"] == 2 * 6 * 4
     assert results["tokens"]["sampled"] == 2 * (GROUP + SHUFFLED) * TOKENS
-    assert results["agreement_nats"] <= 1e-4
+    assert results["agreement_nats"] <= 1e-4  # the packed and the plain log-probabilities
     assert results["machine"]["matmul_flops"] > 0
     assert 0 < results["decode_share_of_copy"] < 1
     for recipe in ("ours", "plain"):
@@ -206,29 +206,11 @@ def test_flops_of_the_plain_recipe_equal_those_of_the_kernels(toy, base, prompts
     assert found == flops["reference"] + flops["reference.vision"] + saved
 
 
-def test_the_plain_recipe_computes_the_same_function(toy, prompts):
-    ids = torch.tensor([[5, 6, 7], [9, 9, 9]])
-    mask = torch.ones_like(ids).bool()
-    rollout = sampling.Rollout(prompts[0], ids, mask, mask[:, 0], mask * 0.0, ["", ""])
-    forbidden = forbidden_tokens(toy.config)
-    expected = torch.stack([plain.logprobs(toy, prompts[0], row) for row in ids])
-    found = plain_recipe.copies_logprobs(toy, rollout, forbidden)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-    without = plain_recipe.copies_logprobs(toy, rollout)
-    assert (without < found).all()  # the forbidden tokens take their share
-
-
-WINDOWS = {
-    "whole": ((1, 8, 8), 64**2),
-    "cut-below": ((1, 12, 8), 64**2 + 32**2),
-    "corner": ((1, 12, 10), 64**2 + 32**2 + 16**2 + 8**2),
-    "frames": ((3, 4, 4), 3 * 16**2),
-}
-
-
-@pytest.mark.parametrize(("grid", "pairs"), WINDOWS.values(), ids=WINDOWS)
-def test_window_pairs_by_hand(toy, grid, pairs):
-    assert counting.window_pairs(toy.config.vision_config, grid) == pairs
+def test_window_pairs_by_hand(toy):
+    """Windows of 8 x 8 patches, smaller ones at the right and lower edge."""
+    vision = toy.config.vision_config
+    assert counting.window_pairs(vision, (1, 12, 10)) == 64**2 + 32**2 + 16**2 + 8**2
+    assert counting.window_pairs(vision, (3, 4, 4)) == 3 * 16**2
 
 
 def test_recomputation_by_hand(toy):
@@ -261,13 +243,6 @@ def test_bytes_of_decoding_by_hand(toy):
     per_token = counting.cache_bytes_per_token(toy.config, 2)
     found = counting.decode_bytes(toy.config, load, num_weights=1000, itemsize=2)
     assert found == 3 * 1000 * 2 + 2 * (10 + 11 + 12) * per_token
-
-
-def test_weights_of_a_decoded_token_are_all_but_vision_and_embedding(toy):
-    outside = [*toy.model.visual.parameters(), toy.get_input_embeddings().weight]
-    total = sum(parameter.numel() for parameter in toy.parameters())
-    others = sum(parameter.numel() for parameter in outside)
-    assert rl_step.num_decode_weights(toy) == total - others
 
 
 # ---------------------------------------------------------------------------------------- plan.py
@@ -399,14 +374,13 @@ def test_peaks_of_the_official_models(name, flags, step, validated):
         assert found == pytest.approx(expected, abs=0.06)
 
 
-def test_the_verdict_names_the_flags_that_help():
-    config = plan.load_config("7B")
-    options = plan.PlanConfig(activation_checkpointing=False, gpu="A100-40")
-    assert plan.verdict(config, options).endswith("--activation_checkpointing true")
-    # One GPU would hold 14 bytes for each of 8.3e9 numbers.
-    options = plan.PlanConfig(num_gpus=1, gpu="A100-40")
-    assert "no flag of this program makes it fit" in plan.verdict(config, options)
-    assert plan.fitting_flags(config, plan.PlanConfig())[0] == {}
+def test_the_verdict_leaves_a_tenth_of_the_gpu_free():
+    found = [
+        plan.verdict({"decode": {"all": gib * 2**30}}, plan.PlanConfig(gpu="A100-80"))
+        for gib in (72, 73)
+    ]
+    assert "8 x A100-80: fits, 72.0 of 72.0 GiB" in found[0]
+    assert "8 x A100-80: does not fit, 73.0 of 72.0 GiB" in found[1]
 
 
 def test_seconds_of_the_papers_run_by_hand():
@@ -457,8 +431,6 @@ FAULTS = {
     "no-video": ("rl_step.py --model x", "--video is missing"),
     "odd-frames": ("rl_step.py --model x --video y --max_frames 5", "--max_frames"),
     "uneven-share": ("plan.py --num_gpus 16", "--prompts_per_step 8"),
-    "too-many-gpus": ("plan.py --num_gpus 1024", "--num_gpus"),
-    "unknown-gpu": ("plan.py --gpu B200", "--gpu"),
 }
 
 
