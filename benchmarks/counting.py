@@ -190,7 +190,7 @@ def saved_by_layer(config, load: Load, itemsize: int) -> int:
         + 4 * text.num_attention_heads  # the attention's logsumexp
     )
     responses = load.scored * (2 * c * width + 2 * 8)  # query and output as rows, two indices
-    seen = 2 * c * keys_seen(load) * width  # key and value of all heads, gathered per response
+    seen = 2 * c * keys_seen(load) * keys  # key and value, gathered per response
     prompt_out = c * sum(load.prompt_tokens) * width  # the attention's output
     mask = c * load.response_tokens * sum(s + load.response_tokens for s in load.prompt_tokens)
     return load.packed * per_token + responses + seen + prompt_out + mask

@@ -1,14 +1,33 @@
-"""Seconds and peak memory by phase, and what the machine can do: matrix products, memory."""
+"""Seconds and peak memory by phase, what the machine can do, and the benchmarks' flags."""
 
 import ctypes
 import functools
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
+from unittest import mock
 
 import torch
+
+from infra.errors import require
+from infra.flags import FlagParser
+
+Config = TypeVar("Config")
+GIB = 2**30
+
+
+def parse_flags(cls: type[Config], description: str, argv: list[str] | None = None) -> Config:
+    """The checked config of a command line; a UserError names an unknown flag or a wrong value."""
+    parser = FlagParser(cls, allow_abbrev=False, description=description)
+    config, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    require(not rest, f"unknown argument {rest[0]!r}; --help lists the flags" if rest else "")
+    config.check()
+    return config
+
+
+# ---------------------------------------------------------------------------------- seconds, memory
 
 
 class Meter:
@@ -50,21 +69,6 @@ class Meter:
 
 
 @contextmanager
-def patched(owner: object, name: str, value: object) -> Iterator[None]:
-    """Give an object, a module or a class another attribute for the block."""
-    own = name in vars(owner)  # else it is its class's, and comes back by itself
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if own:
-            setattr(owner, name, before)
-        else:
-            delattr(owner, name)
-
-
-@contextmanager
 def metered(
     meter: Meter, owner: object, name: str, phase_of: Callable[..., str | None]
 ) -> Iterator[None]:
@@ -82,25 +86,18 @@ def metered(
         with meter(phase):
             return call(*args, **kwargs)
 
-    with patched(owner, name, with_phase):
+    with mock.patch.object(owner, name, with_phase):
         yield
-
-
-# ------------------------------------------------------------------------------------------ memory
 
 
 def used_bytes(device: torch.device) -> int:
     """Memory in use now: allocated on the GPU, or resident in this process."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    return _status("VmRSS")
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status("VmRSS")
 
 
 def peak_bytes(device: torch.device) -> int:
     """The most memory used since reset_peak."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return _status("VmHWM")
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
 
 
 def reset_peak(device: torch.device) -> None:
@@ -111,11 +108,10 @@ def reset_peak(device: torch.device) -> None:
 
 
 def release_memory() -> None:
-    """Hand back what was freed, so that it is not counted as anybody's."""
+    """Return what was freed to the system, so that no phase is billed for it."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def _status(kind: str) -> int:

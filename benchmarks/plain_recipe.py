@@ -9,17 +9,20 @@ the project's (model.rope_positions), vision tokens are not sampled (the pass th
 break off), and several prompts a step are allowed, one after the other.
 """
 
+from unittest import mock
+
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from benchmarks.measure import Meter, patched
+import train_rl
+from benchmarks.measure import Meter
+from config import RLConfig
 from data import Prompt
 from infra.distributed import unsharded
 from infra.optim import update
 from model import forbidden_tokens, rope_positions
 from sampling import Rollout, decode_texts
-from train_rl import Group, RLConfig, score_group
 
 
 def plain_step(system, batch: list[list[Prompt]], config: RLConfig, meter: Meter) -> None:
@@ -38,16 +41,19 @@ def plain_step(system, batch: list[list[Prompt]], config: RLConfig, meter: Meter
             for prompts in batch
         ]
     with meter("reward"):
-        groups = [score_group(ordered, shuffled, config) for ordered, shuffled in rollouts]
+        groups = [train_rl.score_group(*pair, config) for pair in rollouts]
+    total = 0.0
     for group in groups:
         with meter("reference"), torch.no_grad():
             logp_ref = copies_logprobs(system.reference, group.ordered)
         with meter("forward"):
             logp = copies_logprobs(policy, group.ordered)
         with meter("backward"):
-            (loss(logp, logp_ref, group, config.beta) / len(groups)).backward()
+            part = loss(logp, logp_ref, group, config.beta) / len(groups)
+            part.backward()
+            total += float(part.detach())
     with meter("optimizer"):
-        update(policy, system.optimizer, config.learning_rate, config.max_grad_norm)
+        update(policy, system.optimizer, config.learning_rate, config.max_grad_norm, total)
 
 
 def copies(prompt: Prompt, count: int, device: torch.device) -> dict[str, Tensor]:
@@ -72,7 +78,7 @@ def generate(policy, tokenizer, prompt: Prompt, count: int, max_new_tokens: int)
     )  # fmt: skip
     inputs = copies(prompt, count, device)
     mask = torch.ones_like(inputs["input_ids"])
-    with patched(policy, "generation_config", GenerationConfig()):
+    with mock.patch.object(policy, "generation_config", GenerationConfig()):
         ids = policy.generate(**inputs, attention_mask=mask, generation_config=settings)
     ids = ids[:, len(prompt.input_ids) :].cpu()  # (G, T)
     mask = torch.ones_like(ids).bool()
@@ -81,7 +87,7 @@ def generate(policy, tokenizer, prompt: Prompt, count: int, max_new_tokens: int)
 
 
 def copies_logprobs(model, rollout: Rollout, forbidden: list[int] | None = None) -> Tensor:
-    """Log-probabilities (G, T) of responses, each behind its own copy of the prompt.
+    """Log-probabilities (G, T) of responses, each after its own copy of the prompt.
 
     forbidden: ids at -inf in the softmax, which the official trainer does not have.
     """
@@ -105,7 +111,7 @@ def copies_logprobs(model, rollout: Rollout, forbidden: list[int] | None = None)
     return torch.stack(rows)[:, prompt_length - 1 :]
 
 
-def loss(logp: Tensor, logp_ref: Tensor, group: Group, beta: float) -> Tensor:
+def loss(logp: Tensor, logp_ref: Tensor, group: train_rl.Group, beta: float) -> Tensor:
     """The official trainer's loss: per token, a ratio that is 1, no clip; (G, T) to a scalar."""
     advantages = group.advantages.to(logp)[:, None]  # (G, 1)
     difference = (logp_ref - logp).clamp(-10, 10)

@@ -1,33 +1,28 @@
-"""What a T-GRPO run needs: memory per GPU, seconds per step, GPU-hours, from the config alone.
+"""Predicts what a T-GRPO run needs: memory per GPU, seconds per step, GPU-hours. Measures nothing.
 
     python benchmarks/plan.py                                  the paper's run: 7B, 8 x A100-80
     python benchmarks/plan.py --model 3B --num_gpus 1 --prompts_per_step 1
     python benchmarks/plan.py --num_gpus 512 --replicas 64 --prompts_per_step 512 --gpu H100
 
-Memory, in bytes. S GPUs share P parameters (num_gpus / replicas); c = 2 bytes of a bfloat16 number
-(4 on a CPU, where all is float32). FSDP2 gathers by groups: one per decoder layer and per vision
-block, and the root with embedding, lm_head, final norm, patch embedding and merger.
+Memory in bytes: P parameters over S shards (num_gpus / replicas), c = 2 bytes per bfloat16 number
+(4 on CPU, where everything is float32). FSDP groups are those of model.shard.
 
-    at all times    4 P / S  policy, float32 master weights      8 P / S  AdamW, two moments
+    always          4 P / S  policy, float32 master weights      8 P / S  AdamW, two moments
                     c P / S  reference
-    rollout         c P      whole weights, and the cache: 2 layers key-width c per token and row
-    validation      the same with VALIDATED rows of their own prompts
-    reference       c root   while its pass lasts; layers come and go
+    rollout         c P      unsharded weights, and the key-value cache
+    validation      the same with VALIDATED prompts, one response each
+    reference       c root   root group, gathered while its pass lasts; layers come and go
     update          c root   from the forward pass to the end of the backward pass
-                    saved    with checkpointing the input of each layer and block, and all of one of
-                             them again in the backward pass; without, all of all
-                    logits   a block of the vocabulary at a time, in float32 and in c
-                    4 P / S  gradients; a group's are c before, and 4 in, the reduction
+                    saved    with checkpointing the input of each layer and block, plus all
+                             activations of one of them in the backward pass; without, all of all
+                    logits   one block of the vocabulary at a time, in float32 and in c
+                    4 P / S  gradients; a group's are c before its reduction and 4 within
 
-Exact, and compared with counted bytes in the tests: parameters, shards, optimizer, cache, saved
-activations, FLOPs. Estimated: tensors in flight inside a layer, FSDP2's buffers, RESERVE.
-
-Seconds are a range between two assumptions, not a measurement: see EFFICIENCY and the lines that
-the program prints under the table. All responses are taken to be as long as they may be.
+Exact, compared with counted bytes in the tests: parameters, shards, optimizer, cache, saved
+activations, FLOPs. Estimated: tensors in flight inside a layer, FSDP2's buffers, RESERVE. Seconds
+are a range between two assumptions (EFFICIENCY). Responses are taken to be as long as they may be.
 """
 
-import dataclasses
-import json
 import sys
 from dataclasses import dataclass
 from math import ceil, isqrt, prod
@@ -40,22 +35,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from benchmarks import counting
-from benchmarks.counting import Load, cache_bytes_per_token
+from benchmarks.counting import Load, cache_bytes_per_token, key_width
+from benchmarks.measure import GIB, parse_flags
+from evaluation.validation import BATCH_SIZE as VALIDATED
 from infra.distributed import run_main
-from infra.errors import require
-from infra.flags import FlagParser, check_ranges, flag
-from model import LOGITS_PER_BLOCK, MIN_BLOCK, resolve_folder
+from infra.errors import UserError, require
+from infra.flags import check_ranges, flag
+from infra.fused import block_width
 
-GIB = 2**30
-RESERVE = 0.1  # of a GPU: CUDA, NCCL, cuBLAS, fragmentation. Assumed, measured on no machine
-VALIDATED = 16  # prompts that a rank validates together (evaluation/validation.py)
+RESERVE = 0.1  # of a GPU, for CUDA, NCCL, cuBLAS and fragmentation: assumed
 GPUS_PER_NODE = 8
+
+
+# Parts of several phases.
+GRADIENTS, SAVED, FSDP = "gradients, float32", "saved activations", "FSDP: gathered, in transit"
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """NVIDIA's data sheets: dense bfloat16 FLOP/s, memory and NVLink (one direction) bytes/s; DGX
-    systems: network bytes/s per GPU."""
+    """Dense bfloat16 FLOP/s, memory and NVLink (one direction) bytes/s: NVIDIA's data sheets.
+    Network bytes/s per GPU: DGX systems."""
 
     gib: float
     flops: float
@@ -70,28 +69,25 @@ GPUS = {
     "H100": Gpu(80, 989e12, 3.35e12, 450e9, 50e9),
     "H200": Gpu(140, 989e12, 4.8e12, 450e9, 50e9),
 }
-# Of the data sheet's figures, from slow to fast. All assumed: none was measured with this code.
+# Fraction of the data sheet's figures, from slow to fast: assumed, not measured with this code.
 EFFICIENCY = {"compute": (0.3, 0.6), "memory": (0.3, 0.6), "links": (0.5, 0.8)}
-KERNELS_PER_LAYER = 42  # of a decoded token: 1,180 counted at 28 layers
+KERNELS_PER_LAYER = 42  # per decoded token: 1,180 counted at 28 layers
 LAUNCH_SECONDS = (27e-6, 18e-6)  # per kernel of an eager decoding step, assumed
 
-# The config.json of Qwen/Qwen2.5-VL-7B-Instruct and -3B-Instruct, what decides sizes.
-VISION = {
-    "model_type": "qwen2_5_vl", "depth": 32, "hidden_size": 1280, "intermediate_size": 3420,
-    "num_heads": 16, "in_chans": 3, "patch_size": 14, "spatial_patch_size": 14,
-    "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112,
-    "fullatt_block_indexes": [7, 15, 23, 31], "tokens_per_second": 2,
-}  # fmt: skip
+# What decides sizes in the config.json of Qwen/Qwen2.5-VL-7B-Instruct and -3B-Instruct; the rest
+# of the vision tower is transformers' default.
 OFFICIAL = {
     "7B": {
         "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944,
         "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
-        "tie_word_embeddings": False, "vision_config": VISION | {"out_hidden_size": 3584},
+        "tie_word_embeddings": False,
+        "vision_config": {"hidden_size": 1280, "out_hidden_size": 3584},
     },
     "3B": {
         "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 11008,
         "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2,
-        "tie_word_embeddings": True, "vision_config": VISION | {"out_hidden_size": 2048},
+        "tie_word_embeddings": True,
+        "vision_config": {"hidden_size": 1280, "out_hidden_size": 2048},
     },
 }  # fmt: skip
 
@@ -121,11 +117,9 @@ class PlanConfig:
         """Raise UserError naming the first flag whose value makes no sense."""
         check_ranges(self)
         require(self.num_gpus % self.replicas == 0, "--replicas must divide --num_gpus")
-        require(
-            self.prompts_per_step % self.num_gpus == 0,
-            f"--prompts_per_step {self.prompts_per_step} must be a multiple of --num_gpus "
-            f"{self.num_gpus}",
-        )
+        uneven = self.prompts_per_step % self.num_gpus
+        given = f"--prompts_per_step {self.prompts_per_step}"
+        require(not uneven, f"{given} must be a multiple of --num_gpus {self.num_gpus}")
 
     @property
     def num_shards(self) -> int:
@@ -141,6 +135,10 @@ class PlanConfig:
         """Forward and backward passes of a rank in one step."""
         return ceil(self.rank_prompts / self.prompts_per_rank)
 
+    def pass_load(self) -> Load:
+        """The prompts of one pass."""
+        return self.load(min(self.prompts_per_rank, self.rank_prompts))
+
     def load(self, num_prompts: int) -> Load:
         """So many prompts with as many pixels as the flags allow."""
         merged = self.max_pixels // 28**2  # vision tokens of a pair of frames, in a near square
@@ -152,7 +150,7 @@ class PlanConfig:
         )  # fmt: skip
 
 
-# --------------------------------------------------------------------------------------- parameters
+# -------------------------------------------------------------------------------------- parameters
 
 
 def load_config(name: str) -> Qwen2_5_VLConfig:
@@ -163,79 +161,67 @@ def load_config(name: str) -> Qwen2_5_VLConfig:
     """
     if name in OFFICIAL:
         return Qwen2_5_VLConfig(**OFFICIAL[name])
-    path = Path(name)
-    if not path.is_file():
-        return AutoConfig.from_pretrained(resolve_folder(name))
     try:
-        kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError) as error:
-        require(False, f"--model {name} is no config.json: {error}")
-    require(kind == "qwen2_5_vl", f"--model {name} is not a Qwen2.5-VL: it is a {kind!r}")
-    return AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {name} has no config: {str(error).splitlines()[0]}") from None
+    is_qwen = isinstance(config, Qwen2_5_VLConfig)
+    require(is_qwen, f"--model {name} is not a Qwen2.5-VL: it is a {config.model_type!r}")
+    return config
+
+
+Shapes = list[tuple[int, ...]]
+
+
+def numel(shapes: Shapes) -> int:
+    return sum(map(prod, shapes))
+
+
+def shard_numel(shapes: Shapes, num_shards: int) -> int:
+    """Numbers on the first rank: FSDP2 cuts the first dimension, rounded up."""
+    return sum(ceil(shape[0] / num_shards) * prod(shape[1:]) for shape in shapes)
 
 
 @dataclass(frozen=True)
-class Group:
-    """The shapes of one FSDP group's parameters."""
+class ParameterGroups:
+    """Shapes of the parameters by FSDP group; vision_root: the vision tower's part of the root."""
 
-    shapes: tuple[tuple[int, ...], ...]
-
-    @property
-    def numel(self) -> int:
-        return sum(map(prod, self.shapes))
-
-    def shard(self, num_shards: int) -> int:
-        """Numbers that the first rank holds: FSDP2 cuts the first dimension, rounded up."""
-        return sum(ceil(shape[0] / num_shards) * prod(shape[1:]) for shape in self.shapes)
-
-
-@dataclass(frozen=True)
-class Groups:
-    """All FSDP groups of a model; vision_root is the vision tower's part of the root."""
-
-    layers: list[Group]
-    blocks: list[Group]
-    root: Group
-    vision_root: Group
+    layers: list[Shapes]
+    blocks: list[Shapes]
+    root: Shapes
+    vision_root: Shapes
 
     @property
-    def all(self) -> list[Group]:
-        return [*self.layers, *self.blocks, self.root]
+    def all(self) -> Shapes:
+        return sum([*self.layers, *self.blocks], []) + self.root
 
-    @property
-    def numel(self) -> int:
-        return sum(group.numel for group in self.all)
-
-    def trainable_shard(self, num_shards: int, freeze_vision: bool) -> int:
-        """Numbers of the first rank that are trained: they have gradients and optimizer state."""
-        frozen = [*self.blocks, self.vision_root] if freeze_vision else []
-        return sum(group.shard(num_shards) for group in self.all) - sum(
-            group.shard(num_shards) for group in frozen
-        )
+    def trained_shard(self, num_shards: int, freeze_vision: bool) -> int:
+        """Numbers on the first rank that have gradients and optimizer state."""
+        frozen = sum(self.blocks, []) + self.vision_root if freeze_vision else []
+        return shard_numel(self.all, num_shards) - shard_numel(frozen, num_shards)
 
 
-def count_groups(config: Qwen2_5_VLConfig) -> Groups:
-    """The groups of model.shard, from a model that is built without memory."""
+def count_groups(config: Qwen2_5_VLConfig) -> ParameterGroups:
+    """The groups of model.shard, from a model on the meta device."""
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(config)
     model.tie_weights()
-    shapes: dict[str, list] = {}
-    for name, parameter in model.named_parameters():  # a tied weight comes once
-        parts = name.split(".")
-        is_group = ".".join(parts[1:3]) in ("language_model.layers", "visual.blocks")
-        kind = ".".join(parts[1:4]) if is_group else f"root.{parts[1]}"
-        shapes.setdefault(kind, []).append(tuple(parameter.shape))
-    groups = {kind: Group(tuple(found)) for kind, found in shapes.items()}
-    root = [shape for kind, found in shapes.items() if kind.startswith("root") for shape in found]
-    return Groups(
-        [group for kind, group in groups.items() if kind.startswith("language_model.layers.")],
-        [group for kind, group in groups.items() if kind.startswith("visual.blocks.")],
-        Group(tuple(root)),
-        groups["root.visual"],
-    )
+
+    def shapes(part) -> Shapes:
+        return [tuple(parameter.shape) for parameter in part.parameters()]
+
+    inner, inside = model.model, ("model.language_model.layers.", "model.visual.blocks.")
+    root = {  # a tied weight comes once
+        name: tuple(parameter.shape)
+        for name, parameter in model.named_parameters() if not name.startswith(inside)
+    }  # fmt: skip
+    vision_root = [shape for name, shape in root.items() if name.startswith("model.visual.")]
+    layers = [shapes(layer) for layer in inner.language_model.layers]
+    blocks = [shapes(block) for block in inner.visual.blocks]
+    return ParameterGroups(layers, blocks, [*root.values()], vision_root)
 
 
-# ------------------------------------------------------------------------------------------- memory
+# ------------------------------------------------------------------------------------------ memory
 
 
 def in_flight(config: Qwen2_5_VLConfig, tokens: int, patches: int, keys: int, c: int) -> int:
@@ -243,24 +229,17 @@ def in_flight(config: Qwen2_5_VLConfig, tokens: int, patches: int, keys: int, c:
     text, vision = config.get_text_config(), config.vision_config
     return max(
         c * tokens * (3 * text.intermediate_size + 2 * text.hidden_size),  # MLP
-        c * (4 * tokens + 2 * keys) * text.hidden_size,  # attention
+        c * (4 * tokens * text.hidden_size + 2 * keys * key_width(config)),  # attention
         c * patches * (3 * vision.intermediate_size + 2 * vision.hidden_size),
         30 * patches * vision.hidden_size,  # rotary: query and key in float32, several times
     )
 
 
-def block_logits(config: Qwen2_5_VLConfig, num_tokens: int, on_gpu: bool) -> int:
-    """Numbers in the logits of one block of the vocabulary."""
-    width = max(MIN_BLOCK, LOGITS_PER_BLOCK["cuda" if on_gpu else "cpu"] // num_tokens)
-    return num_tokens * min(width, config.get_text_config().vocab_size)
-
-
 def estimate(config: Qwen2_5_VLConfig, flags: PlanConfig, on_gpu: bool = True) -> dict:
     """Bytes on one GPU: {phase: {part: bytes}}; a phase's parts exist together at its peak."""
-    c, groups = 2 if on_gpu else 4, count_groups(config)
-    load = flags.load(min(flags.prompts_per_rank, flags.rank_prompts))
-    shard = sum(group.shard(flags.num_shards) for group in groups.all)
-    trained = groups.trainable_shard(flags.num_shards, flags.freeze_vision)
+    c, groups, num_shards = 2 if on_gpu else 4, count_groups(config), flags.num_shards
+    load, shard = flags.pass_load(), shard_numel(groups.all, num_shards)
+    trained = groups.trained_shard(num_shards, flags.freeze_vision)
     always = {
         "policy, float32, shard": 4 * shard,
         "AdamW, two moments": 8 * trained,
@@ -268,40 +247,39 @@ def estimate(config: Qwen2_5_VLConfig, flags: PlanConfig, on_gpu: bool = True) -
     }
     rows_per_prompt = (flags.group_size, flags.shuffled_group_size)
     phases = generation(config, groups, load, [rows for rows in rows_per_prompt if rows], c)
-    phases |= update_phases(config, flags, groups, load, trained, c)
-    phases["optimizer"] = {"gradients, float32": 4 * trained}
+    phases |= update_phases(config, flags, groups, load, c)
+    phases["optimizer"] = {GRADIENTS: 4 * trained}
     if flags.validation:
         both = generation(config, groups, flags.load(VALIDATED), [1], c).values()
         phases["validation"] = max(both, key=lambda parts: sum(parts.values()))
     return {phase: always | parts for phase, parts in phases.items()}
 
 
-def generation(config, groups: Groups, load: Load, rows: list[int], c: int) -> dict:
-    """Prefill and decoding with the whole weights.
+def generation(config, groups: ParameterGroups, load: Load, rows: list[int], c: int) -> dict:
+    """Prefill and decoding with the unsharded weights.
 
-    rows: responses to each prompt, for each order of frames in which it is shown.
+    rows: responses to each prompt, for each frame order in which it is shown.
     """
     text, per_token = config.get_text_config(), cache_bytes_per_token(config, c)
     prefilled, patches = (len(rows) * count for count in (sum(load.prompt_tokens), load.patches))
     num_rows = sum(rows) * len(load.prompt_tokens)
     room = max(load.prompt_tokens) - 1 + load.response_tokens
-    whole = {"whole weights (unsharded)": c * groups.numel}
+    weights = {"unsharded weights": c * numel(groups.all)}
     pixels = patches * 1176 * (4 + c)
-    head = text.vocab_size * text.hidden_size
-    laid_out = {} if c == 2 else {"lm_head laid out for the CPU": c * head}
+    on_cpu = {"lm_head laid out for the CPU": c * text.vocab_size * text.hidden_size}
     return {
-        "prefill": whole | {
+        "prefill": weights | {
             "key-value cache": prefilled * per_token,
             "in flight": pixels + in_flight(config, prefilled, patches, 0, c),
         },
-        "decode": whole | laid_out | {
-            "key-value cache": (prefilled + num_rows * room) * per_token,  # the prompts' own stays
+        "decode": weights | (on_cpu if c == 4 else {}) | {
+            "key-value cache": (prefilled + num_rows * room) * per_token,  # the prompts' stays
             "in flight": pixels + num_rows * text.vocab_size * 12,  # logits twice, softmax
         },
     }  # fmt: skip
 
 
-def kept_by_forward(config: Qwen2_5_VLConfig, load: Load, flags: PlanConfig, c: int) -> int:
+def saved_activations(config: Qwen2_5_VLConfig, load: Load, flags: PlanConfig, c: int) -> int:
     """Bytes of activations between the forward and the backward pass."""
     text, vision = config.get_text_config(), config.vision_config
     layer = counting.saved_by_layer(config, load, c)
@@ -312,209 +290,173 @@ def kept_by_forward(config: Qwen2_5_VLConfig, load: Load, flags: PlanConfig, c: 
     return text.num_hidden_layers * layer + (0 if flags.freeze_vision else vision.depth * block)
 
 
-def update_phases(
-    config, flags: PlanConfig, groups: Groups, load: Load, trained: int, c: int
-) -> dict:
-    """Reference, forward and the three places where the backward pass may have its peak."""
+def update_phases(config, flags: PlanConfig, groups: ParameterGroups, load: Load, c: int) -> dict:
+    """Reference, forward, and the three places where the backward pass may have its peak."""
     num_shards, text = flags.num_shards, config.get_text_config()
-    largest = max(group.numel for group in [*groups.layers, *groups.blocks])
-    # Of the groups two are whole and a third is on its way; one process copies only what it uses.
+    trained = groups.trained_shard(num_shards, flags.freeze_vision)
+    root_trained = numel(groups.root) - flags.freeze_vision * numel(groups.vision_root)
+    largest = max(map(numel, [*groups.layers, *groups.blocks]))
+    # Two groups are whole and a third is on its way; one process copies only what it uses.
     gathered = (3 if num_shards > 1 else 1) * c * largest
-    root, head = c * groups.root.numel, c * text.vocab_size * text.hidden_size
-    root_trained = groups.root.numel - (groups.vision_root.numel if flags.freeze_vision else 0)
-    logits = block_logits(config, load.scored, on_gpu=c == 2)
-    kept = kept_by_forward(config, load, flags, c)
+    root, head = c * numel(groups.root), c * text.vocab_size * text.hidden_size
+    # The root on its way: this rank's part, all parts in one row, and cut into parameters.
+    root_gathered = root * 2 + root // num_shards if num_shards > 1 else root
+
     pixels = load.patches * 1176 * (4 + c)
     hidden = c * (2 * load.packed + load.scored) * text.hidden_size
+    width = block_width(load.scored, "cuda" if c == 2 else "cpu")
+    logits = load.scored * min(width, text.vocab_size)
     work = in_flight(config, load.packed, load.patches, counting.keys_seen(load), c)
     work = pixels + hidden + max(work, (8 + c) * logits)
     layer = counting.saved_by_layer(config, load, c) if flags.activation_checkpointing else 0
     # The gradients of gate, up and their product, and of the residual.
     layer += c * load.packed * (3 * text.intermediate_size + 2 * text.hidden_size)
-    done = 4 * trained - 4 * groups.root.shard(num_shards)  # all groups but the root
-    earlier = {"gradients, float32": 4 * trained} if flags.num_passes > 1 else {}
-    fsdp, gradients = "FSDP: gathered, or on the way", "gradients, float32"
-    # The root on its way: this rank's part, all parts in one row, and cut into parameters.
-    root_gathered = root * 2 + root // num_shards if num_shards > 1 else root
+
+    saved = {SAVED: saved_activations(config, load, flags, c)}
+    earlier = {GRADIENTS: 4 * trained} if flags.num_passes > 1 else {}
+    done = earlier or {GRADIENTS: 4 * trained - 4 * shard_numel(groups.root, num_shards)}
     return {
-        "gather root": {fsdp: root_gathered, "in flight": pixels},
-        "reference": {fsdp: root + gathered, "in flight": work},
-        "forward": earlier
-        | {fsdp: root + gathered, "saved activations": kept, "in flight": work},
+        "gather root": {FSDP: root_gathered, "in flight": pixels},
+        "reference": {FSDP: root + gathered, "in flight": work},
+        "forward": earlier | saved | {FSDP: root + gathered, "in flight": work},
         "backward: logits": earlier | {
-            fsdp: root + head,  # and the gradient of lm_head
-            "saved activations": kept + hidden,
+            FSDP: root + head,  # and the gradient of lm_head
+            SAVED: saved[SAVED] + hidden,
             "in flight": pixels + (4 + 2 * c) * (logits + load.scored * text.hidden_size),
         },
-        "backward: layers": {
-            # A layer's gradients, and the reduction of those before.
-            fsdp: root + head + gathered + (c + 4) * largest,
-            "saved activations": kept,
-            "in flight": pixels + layer,
-        } | ({gradients: done} | earlier),
+        # A layer's gradients, and the reduction of those before.
+        "backward: layers": done | saved | {
+            FSDP: root + head + gathered + (c + 4) * largest, "in flight": pixels + layer,
+        },
         # Either c and 4 of them, or 4 and, if this rank is alone, all of the result.
-        "backward: root": {fsdp: (c + 4) * root_trained} | ({gradients: done} | earlier),
+        "backward: root": done | {FSDP: (c + 4) * root_trained},
     }  # fmt: skip
 
 
 def peak(phases: dict) -> tuple[str, int]:
     """The phase with the most bytes, and how many."""
     sums = {phase: sum(parts.values()) for phase, parts in phases.items()}
-    phase = max(sums, key=sums.get)
-    return phase, sums[phase]
+    return max(sums.items(), key=lambda item: item[1])
 
 
-def fitting_flags(config: Qwen2_5_VLConfig, flags: PlanConfig) -> tuple[dict, int] | None:
-    """The fewest changes of flags that make a run fit, and its bytes; None: none of these does.
-
-    They are tried in the order of what they cost: first what only takes time.
-    """
-    limit = (1 - RESERVE) * GPUS[flags.gpu].gib * GIB
-    changes: dict = {}
-    steps = ({}, {"activation_checkpointing": True}, {"prompts_per_rank": 1},
-             {"validation": False}, {"freeze_vision": True}, {"max_pixels": 64 * 28 * 28},
-             {"max_new_tokens": 512}, {"group_size": 4, "shuffled_group_size": 2})  # fmt: skip
-    for step in steps:
-        changes |= {key: value for key, value in step.items() if getattr(flags, key) != value}
-        needed = peak(estimate(config, dataclasses.replace(flags, **changes)))[1]
-        if needed <= limit:
-            return changes, needed
-    return None
+# ----------------------------------------------------------------------------------------- seconds
 
 
-# ------------------------------------------------------------------------------------------ seconds
-
-
-def traffic(groups: Groups, flags: PlanConfig) -> dict[str, float]:
+def traffic(groups: ParameterGroups, flags: PlanConfig) -> dict[str, float]:
     """Bytes that one GPU receives in a step, over NVLink and over the network.
 
     A step gathers the policy's weights for the rollout (bfloat16), and in each pass the reference's
     once, the policy's in the forward pass and all but its root again in the backward pass; it
-    reduces the gradients of each pass in float32, over the shards, and with replicas the shards of
-    these over the replicas.
+    reduces the gradients of each pass in float32 over the shards, and those shards over the
+    replicas.
     """
     shards, passes = flags.num_shards, flags.num_passes
-    root, numel = groups.root.numel, groups.numel
-    bytes_ = 2 * (numel + passes * (3 * numel - root)) + passes * 4 * numel
+    root, total = numel(groups.root), numel(groups.all)
+    sharding = 2 * (total + passes * (3 * total - root)) + passes * 4 * total
     inside = min(shards, GPUS_PER_NODE)  # GPUs of a node that share one copy of the model
     nodes = max(1, shards // GPUS_PER_NODE)
-    copies = 2 * passes * 4 * numel / shards * (1 - 1 / flags.replicas)
-    over_network = flags.num_gpus > GPUS_PER_NODE  # each node receives a part once, by all its GPUs
+    replicas = 2 * passes * 4 * total / shards * (1 - 1 / flags.replicas)
+    across = flags.num_gpus > GPUS_PER_NODE  # each node receives a part once, through all its GPUs
     return {
-        "nvlink": bytes_ * (1 - 1 / inside) + (0 if over_network else copies),
-        "network": bytes_ * (1 - 1 / nodes) / inside + (copies if over_network else 0),
+        "nvlink": sharding * (1 - 1 / inside) + (0 if across else replicas),
+        "network": sharding * (1 - 1 / nodes) / inside + (replicas if across else 0),
     }
 
 
 def seconds(config: Qwen2_5_VLConfig, flags: PlanConfig) -> dict[str, tuple[float, float]]:
-    """Seconds of a step by part: (slow, fast). Fast: the links' work is hidden behind compute."""
-    gpu, groups = GPUS[flags.gpu], count_groups(config)
-    whole = flags.load(flags.rank_prompts)
+    """Seconds of a step by part: (slow, fast). Fast: communication is hidden behind the passes."""
+    gpu, groups, text = GPUS[flags.gpu], count_groups(config), config.get_text_config()
     flops = counting.step_flops(
-        config, whole, checkpointing=flags.activation_checkpointing,
+        config, flags.load(flags.rank_prompts), checkpointing=flags.activation_checkpointing,
         freeze_vision=flags.freeze_vision,
     )  # fmt: skip
-    text = config.get_text_config()
-    weights = sum(group.numel for group in groups.layers)
-    weights += text.hidden_size * (text.vocab_size + 1)  # lm_head, final norm
-    one = flags.load(min(flags.prompts_per_rank, flags.rank_prompts))
-    read = flags.num_passes * counting.decode_bytes(config, one, weights, 2)
-    num_steps = flags.num_passes * flags.max_new_tokens
-    trained = groups.trainable_shard(flags.num_shards, flags.freeze_vision)
+    head_and_norm = text.hidden_size * (text.vocab_size + 1)
+    num_weights = sum(map(numel, groups.layers)) + head_and_norm
+    read = counting.decode_bytes(config, flags.pass_load(), num_weights, 2) * flags.num_passes
+    num_kernels = KERNELS_PER_LAYER * text.num_hidden_layers
+    num_kernels *= flags.num_passes * flags.max_new_tokens
+    trained = groups.trained_shard(flags.num_shards, flags.freeze_vision)
     received = traffic(groups, flags)
-    parts: dict[str, list[float]] = {}
-    for place in (0, 1):
-        compute, memory, links = (EFFICIENCY[key][place] for key in ("compute", "memory", "links"))
 
-        def passes(prefix: str, rate: float = gpu.flops * compute) -> float:
-            return sum(n for name, n in flops.items() if name.startswith(prefix)) / rate
+    def parts(case: int) -> dict[str, float]:
+        compute, memory, links = (EFFICIENCY[key][case] for key in ("compute", "memory", "links"))
 
-        launches = num_steps * KERNELS_PER_LAYER * text.num_hidden_layers * LAUNCH_SECONDS[place]
-        found = {
-            "rollout: vision, prefill": passes("rollout.vision") + passes("rollout.prefill"),
-            "rollout: decode": max(read / gpu.memory / memory, launches),
+        def passes(*phases: str) -> float:
+            work = sum(count for phase, count in flops.items() if phase.startswith(phases))
+            return work / gpu.flops / compute
+
+        return {
+            "rollout: vision, prefill": passes("rollout.vision", "rollout.prefill"),
+            "rollout: decode": max(read / gpu.memory / memory, num_kernels * LAUNCH_SECONDS[case]),
             "reference": passes("reference"),
-            "update": passes("forward") + passes("backward") + passes("recompute"),
+            "update": passes("forward", "backward", "recompute"),
             "optimizer": 28 * trained / gpu.memory / memory,  # read w, g, m, v; write w, m, v
             "gather, reduce": sum(received[link] / getattr(gpu, link) for link in received) / links,
         }
-        for name, value in found.items():
-            parts.setdefault(name, []).append(value)
-    hidden = min(parts["gather, reduce"][1], parts["reference"][1] + parts["update"][1])
-    parts["gather, reduce"][1] -= hidden
-    return {name: tuple(pair) for name, pair in parts.items()}
+
+    slow, fast = parts(0), parts(1)
+    hidden = fast["reference"] + fast["update"]
+    fast["gather, reduce"] = max(0.0, fast["gather, reduce"] - hidden)
+    return {name: (slow[name], fast[name]) for name in slow}
 
 
-# ------------------------------------------------------------------------------------------- report
+# ------------------------------------------------------------------------------------------ report
 
 
-def table(phases: dict) -> str:
+def table(phases: dict) -> list[str]:
     """The parts of every phase in GiB."""
-    parts = list(dict.fromkeys(part for found in phases.values() for part in found))
+    parts = dict.fromkeys(part for found in phases.values() for part in found)
     heads = [phase.partition(": ") for phase in phases]  # two lines
-    lines = [f"{title:31}" + "".join(f"{head[place]:>12}" for head in heads)
-             for title, place in (("GiB", 0), ("", 2))]  # fmt: skip
+    rows = {"GiB": [head[0] for head in heads], "": [head[2] for head in heads]}
     for part in parts:
-        cells = [f"{found[part] / GIB:.2f}" if part in found else "" for found in phases.values()]
-        lines.append(f"{part:31}" + "".join(f"{cell:>12}" for cell in cells))
-    sums = [f"{sum(found.values()) / GIB:.2f}" for found in phases.values()]
-    lines.append(f"{'together':31}" + "".join(f"{cell:>12}" for cell in sums))
-    return "\n".join(lines)
+        sizes = [found.get(part) for found in phases.values()]
+        rows[part] = ["" if size is None else f"{size / GIB:.2f}" for size in sizes]
+    rows["total"] = [f"{sum(found.values()) / GIB:.2f}" for found in phases.values()]
+    return [f"{title:31}" + "".join(f"{cell:>12}" for cell in row) for title, row in rows.items()]
 
 
-def verdict(config: Qwen2_5_VLConfig, flags: PlanConfig) -> str:
-    """One line: whether the run fits, and with which flags."""
-    place = f"{flags.num_gpus} x {flags.gpu}"
-    found = fitting_flags(config, flags)
-    if found is None:
-        needed = peak(estimate(config, flags))[1] / GIB
-        return f"{place}: needs {needed:.1f} GiB; no flag of this program makes it fit"
-    changes, needed = found
-    words = " ".join(f"--{key} {str(value).lower()}" for key, value in changes.items())
-    return f"{place}: fits with {needed / GIB:.1f} GiB" + (f" and {words}" if words else "")
+def verdict(phases: dict, flags: PlanConfig) -> str:
+    """One line: whether the run fits."""
+    needed, limit = peak(phases)[1] / GIB, (1 - RESERVE) * GPUS[flags.gpu].gib
+    answer = "fits" if needed <= limit else "does not fit"
+    return (f"{flags.num_gpus} x {flags.gpu}: {answer}, {needed:.1f} of {limit:.1f} GiB; "
+            f"{RESERVE:.0%} is left free (assumed)")  # fmt: skip
 
 
 def report(config: Qwen2_5_VLConfig, flags: PlanConfig) -> str:
     """Memory by phase, the verdict, seconds by part, traffic, hours, and what was assumed."""
     groups, phases, parts = count_groups(config), estimate(config, flags), seconds(config, flags)
-    lines = [f"{flags.model}: {groups.numel:,} parameters", table(phases)]
-    training = {phase: found for phase, found in phases.items() if phase != "validation"}
-    for name, found in (("peak of a step", training), ("with validation", phases)):
+    head = (
+        f"A prediction for {flags.model} ({numel(groups.all):,} parameters): nothing is measured."
+    )
+    lines = [head, *table(phases)]
+    step = {phase: found for phase, found in phases.items() if phase != "validation"}
+    for name, found in (("peak of a step", step), ("with validation", phases)):
         lines.append(f"{name}: {peak(found)[1] / GIB:.1f} GiB in {peak(found)[0]}")
-    lines.append(f"{verdict(config, flags)}; {RESERVE:.0%} of a GPU is left free (assumed)")
+    lines.append(verdict(phases, flags))
+    slow, fast = (sum(case) for case in zip(*parts.values(), strict=True))
     lines += ["", f"{'seconds of a step':31}{'from':>12}{'to':>12}"]
-    totals = [sum(pair[place] for pair in parts.values()) for place in (1, 0)]
-    for name, (slow, fast) in [*parts.items(), ("together", tuple(reversed(totals)))]:
-        lines.append(f"{name:31}{fast:12.2f}{slow:12.2f}")
-    hours = [flags.max_steps * total / 3600 for total in totals]
-    gpu_hours = [flags.num_gpus * one for one in hours]
-    received = {link: number / 1e9 for link, number in traffic(groups, flags).items()}
+    for name, (longest, shortest) in (parts | {"total": (slow, fast)}).items():
+        lines.append(f"{name:31}{shortest:12.2f}{longest:12.2f}")
+    hours = [flags.max_steps * total / 3600 for total in (fast, slow)]
+    gpu_hours = [flags.num_gpus * number for number in hours]
+    nvlink, network = (number / 1e9 for number in traffic(groups, flags).values())
     ranges = [f"{low:.0%} to {high:.0%} of {name}" for name, (low, high) in EFFICIENCY.items()]
-    slow, fast = (1e6 * one for one in LAUNCH_SECONDS)
-    lines += [
+    most, least = (1e6 * number for number in LAUNCH_SECONDS)
+    return "\n".join([
+        *lines,
         f"{flags.max_steps} steps: {hours[0]:.1f} to {hours[1]:.1f} hours, {gpu_hours[0]:.0f} to "
         f"{gpu_hours[1]:.0f} GPU-hours",
-        f"a GPU receives {received['nvlink']:.1f} GB a step by NVLink and "
-        f"{received['network']:.1f} GB by the network",
-        "No figure here was measured. Peaks are those of NVIDIA's data sheets.",
-        f"Assumed: {', '.join(ranges)}; {fast:.0f} to {slow:.0f} us for a kernel of decoding, of "
-        f"which a layer has {KERNELS_PER_LAYER} (counted); every response is as long as it may be.",
+        f"a GPU receives {nvlink:.1f} GB a step over NVLink and {network:.1f} GB over the network",
+        f"Assumed: {', '.join(ranges)} (peaks of NVIDIA's data sheets); {least:.0f} to {most:.0f} "
+        f"us per kernel of decoding, {KERNELS_PER_LAYER} kernels per layer (counted); every "
+        "response as long as it may be.",
         "Not counted: decoding videos (ahead of the step), scoring, validation, checkpoints.",
-    ]
-    return "\n".join(lines)
-
-
-def parse_flags(argv: list[str] | None = None) -> PlanConfig:
-    """The config of a command line; a UserError names an unknown flag or a wrong value."""
-    parser = FlagParser(PlanConfig, allow_abbrev=False, description="What a T-GRPO run needs.")
-    flags, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    require(not rest, f"unknown argument {rest[0]!r}; --help lists the flags" if rest else "")
-    flags.check()
-    return flags
+    ])  # fmt: skip
 
 
 def main() -> None:
-    flags = parse_flags()
+    flags = parse_flags(PlanConfig, "Predicts what a T-GRPO run needs.")
     print(report(load_config(flags.model), flags))
 
 

@@ -3,11 +3,11 @@
     python benchmarks/rl_step.py --model FOLDER --video VIDEO --json step.json
 
 A step: decode the video, sample the ordered and the shuffled group, score, reference, forward,
-backward, AdamW. It runs the project's own functions on one process, sharded as a run is; the
-phases are split by timing calls inside them. Every response has exactly --max_new_tokens tokens,
-in both recipes: the end token that sampling looks for is replaced by one that it never draws, so
-that the softmax is what it was. The plain recipe (plain_recipe.py) takes the same step the way the
-official trainer does; the two alternate, on the same model and the same prompts.
+backward, AdamW. It runs the project's own functions in one process, sharded as in a run; the phases
+are split by timing calls inside them. Every response has exactly --max_new_tokens tokens, in both
+recipes: the end token that sampling looks for is replaced by one that is never drawn, which leaves
+the softmax as it was. The plain recipe (plain_recipe.py) takes the same step as the official
+trainer does; the two alternate, on the same model and the same prompts.
 """
 
 import dataclasses
@@ -19,40 +19,26 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import sampling
 import train_rl
+from benchmarks import measure, plan
 from benchmarks.counting import Load, decode_bytes, step_flops
-from benchmarks.measure import (
-    Meter,
-    copy_bandwidth,
-    matmul_peak,
-    metered,
-    patched,
-    release_memory,
-    used_bytes,
-)
+from benchmarks.measure import GIB, Meter, metered
 from benchmarks.plain_recipe import copies_logprobs, plain_step
-from benchmarks.plan import GIB, PlanConfig, estimate
-from data import Media, Prompt, Sample, decode
+from config import RLConfig
+from data import Prompt, Sample, read_frames
 from infra.distributed import World, log, process_group, run_main, unsharded
 from infra.errors import require
-from infra.flags import FlagParser, check_ranges, flag
+from infra.flags import check_ranges, flag
 from infra.optim import make_optimizer
 from model import forbidden_tokens, group_logprobs, load_normalisation, load_tokenizer
-from train_rl import (
-    RLConfig,
-    load_policy_and_reference,
-    logprobs,
-    make_prompts,
-    sample_rollouts,
-    score_group,
-    update_policy,
-)
 
 # What the phases are called in the table, in the order of a step. A phase is without its parts.
 PHASES = {
@@ -70,7 +56,7 @@ PHASES = {
     "optimizer": "optimizer: clip, AdamW",
 }
 # Phases of PHASES and the ones of plan.py, the largest of which they should show.
-PLANNED = {
+PREDICTED = {
     "rollout.prefill": ("prefill",),
     "rollout.decode": ("decode",),
     "reference": ("gather root", "reference"),
@@ -78,6 +64,7 @@ PLANNED = {
     "backward": ("backward: logits", "backward: layers", "backward: root"),
     "optimizer": ("optimizer",),
 }
+reference_logprobs = train_rl.logprobs  # not through the name that split_phases bills as forward
 AGREEMENT = 1e-4  # nats, between plain and packed log-probabilities in float32
 
 
@@ -101,7 +88,8 @@ class StepConfig:
     def rl_config(self) -> RLConfig:
         """The settings as train_rl.py takes them."""
         names = {item.name for item in dataclasses.fields(RLConfig)}
-        return RLConfig(**{key: value for key, value in vars(self).items() if key in names})
+        shared = {key: value for key, value in vars(self).items() if key in names}
+        return RLConfig(**shared, prompts_per_step=self.prompts_per_rank)
 
     def check(self) -> None:
         """Raise UserError naming the first flag whose value makes no sense."""
@@ -113,7 +101,7 @@ class StepConfig:
 
 @dataclass(frozen=True)
 class System:
-    """What a step works with."""
+    """What a step works with, made as train_rl.train makes it."""
 
     world: World
     policy: torch.nn.Module
@@ -122,22 +110,21 @@ class System:
     tokenizer: object
     prompt_options: dict
 
+    @classmethod
+    def load(cls, config: RLConfig, world: World) -> "System":
+        policy, reference = train_rl.load_policy_and_reference(config, world)
+        optimizer = make_optimizer(policy, config.learning_rate, config.weight_decay)
+        options = load_normalisation(config.model)
+        return cls(world, policy, reference, optimizer, load_tokenizer(config.model), options)
 
-def load_system(config: RLConfig, world: World) -> System:
-    """Policy, reference and optimizer as train_rl.train makes them."""
-    policy, reference = load_policy_and_reference(config, world)
-    optimizer = make_optimizer(policy, config.learning_rate, config.weight_decay)
-    options = load_normalisation(config.model)
-    return System(world, policy, reference, optimizer, load_tokenizer(config.model), options)
 
-
-# -------------------------------------------------------------------------------------- the steps
+# --------------------------------------------------------------------------------------- the steps
 
 
 def read_prompts(system: System, config: RLConfig, video: str, step: int) -> list[list[Prompt]]:
-    """The video, decoded anew for each prompt, in order and shuffled.
+    """The video, decoded anew for each prompt, ordered and shuffled.
 
-    In a run worker processes decode ahead of the step, so that this phase is shorter there.
+    In a run worker processes decode ahead of the step, so this phase is shorter there.
     """
     batch = []
     for row in range(config.prompts_per_rank):
@@ -147,10 +134,11 @@ def read_prompts(system: System, config: RLConfig, video: str, step: int) -> lis
             options=("A. It stays as it is", "B. Somebody moves", "C. Nothing", "D. It ends"),
             data_source="", process="", row=row,
         )  # fmt: skip
-        frames, seconds = decode(sample, **config.limits())
-        frames = frames[torch.arange(config.max_frames) % len(frames)]
-        media = Media(sample, frames, seconds)
-        batch.append(make_prompts(media, step, system.tokenizer, config, system.prompt_options))
+        limits = (config.max_frames, config.min_pixels, config.max_pixels)
+        frames, seconds = read_frames(video, *limits)
+        decoded = frames[np.arange(config.max_frames) % len(frames)], seconds
+        options = (system.tokenizer, config, system.prompt_options)
+        batch.append(train_rl.make_prompts(sample, decoded, step, 0, *options))
     return batch
 
 
@@ -158,13 +146,13 @@ def our_step(system: System, batch: list[list[Prompt]], config: RLConfig, meter:
     """One step as train_rl.train takes it, after the prompts are made."""
     policy = system.policy
     with meter("rollout"), unsharded(policy):
-        rollouts = sample_rollouts(policy, system.tokenizer, batch, config, step=0)
+        rollouts = train_rl.sample_rollouts(policy, system.tokenizer, batch, config, step=0)
     with meter("reward"):
-        groups = [score_group(ordered, shuffled, config) for ordered, shuffled in rollouts]
+        groups = [train_rl.score_group(*pair, config) for pair in rollouts]
     with meter("reference"), torch.no_grad():
-        logps_ref = logprobs(system.reference, groups)
+        logps_ref = reference_logprobs(system.reference, groups)
     with meter("backward"):  # and, in phases of their own, forward and optimizer
-        update_policy(
+        train_rl.update_policy(
             policy, system.optimizer, [groups], [logps_ref], config, system.world,
             config.learning_rate,
         )  # fmt: skip
@@ -172,7 +160,7 @@ def our_step(system: System, batch: list[list[Prompt]], config: RLConfig, meter:
 
 @contextmanager
 def split_phases(system: System, meter: Meter) -> Iterator[None]:
-    """For the block, the calls that make up a phase of a step are billed apart."""
+    """For the block, bill the calls that make up a phase of a step separately."""
 
     def vision(*_, **__) -> str:
         return f"{meter.open[-1].partition('.')[0]}.vision"
@@ -181,56 +169,48 @@ def split_phases(system: System, meter: Meter) -> Iterator[None]:
         several = inputs_embeds.shape[1] > 1
         return "rollout.prefill" if several and meter.open[-1].startswith("rollout") else None
 
+    calls = [
+        (system.policy, "generate", lambda *_, **__: "rollout.decode"),
+        (train_rl, "logprobs", lambda *_: "forward"),
+        (train_rl, "update", lambda *_: "optimizer"),
+    ]
+    for inner in (system.policy.model, system.reference.model):
+        calls += [(inner.visual, "forward", vision), (inner.language_model, "forward", prefill)]
     with ExitStack() as stack:
-        for model in (system.policy, system.reference):
-            inner = model.model
-            stack.enter_context(metered(meter, inner.visual, "forward", vision))
-            stack.enter_context(metered(meter, inner.language_model, "forward", prefill))
-        decode_phase = metered(meter, system.policy, "generate", lambda *_, **__: "rollout.decode")
-        stack.enter_context(decode_phase)
-        # The reference's log-probabilities are not taken through the module's name.
-        stack.enter_context(metered(meter, train_rl, "logprobs", lambda *_: "forward"))
-        stack.enter_context(metered(meter, train_rl, "update", lambda *_: "optimizer"))
+        for owner, name, phase_of in calls:
+            stack.enter_context(metered(meter, owner, name, phase_of))
         yield
 
 
 def measure_step(
     take_step, system: System, config: RLConfig, video: str, step: int, release: bool = True
 ) -> dict:
-    """One step of a recipe: seconds and peak memory by phase, in bytes, and its load.
+    """One step of a recipe: seconds and peak memory (bytes) by phase, and its load.
 
     release: begin without what earlier steps have freed, for a peak of the step's own. In a run
-        the next step takes it up again, which is quicker than fresh memory.
+        the next step reuses it, which is quicker than fresh memory.
     """
     gc.collect()
     if release:
-        release_memory()
+        measure.release_memory()
     meter = Meter(system.world.device)
-    before = used_bytes(system.world.device)
+    before = measure.used_bytes(system.world.device)
     never = forbidden_tokens(system.policy.config)[:1]
-    with split_phases(system, meter), patched(sampling, "end_tokens", lambda _: never):
+    with split_phases(system, meter), mock.patch.object(sampling, "end_tokens", lambda _: never):
         with meter("data"):
             batch = read_prompts(system, config, video, step)
         take_step(system, batch, config, meter)
+    ordered = [prompts[0] for prompts in batch]
     return {
         "seconds": {phase: meter.seconds.get(phase, 0.0) for phase in PHASES},
         "peaks": meter.peaks,
-        "peak": max(meter.peaks.values()),
         "before": before,
-        "load": load_of(batch, config),
-    }
-
-
-def load_of(batch: list[list[Prompt]], config: RLConfig) -> Load:
-    """What a step on these prompts computes."""
-    ordered = [prompts[0] for prompts in batch]
-    return Load(
-        grids=tuple(tuple(prompt.grid_thw.tolist()) for prompt in ordered),
-        prompt_tokens=tuple(len(prompt.input_ids) for prompt in ordered),
-        group_size=config.group_size,
-        shuffled_group_size=config.shuffled_group_size,
-        response_tokens=config.max_new_tokens,
-    )
+        "load": Load(
+            tuple(tuple(prompt.grid_thw.tolist()) for prompt in ordered),
+            tuple(len(prompt.input_ids) for prompt in ordered),
+            config.group_size, config.shuffled_group_size, config.max_new_tokens,
+        ),
+    }  # fmt: skip
 
 
 @torch.no_grad()
@@ -239,75 +219,66 @@ def agreement(system: System, config: RLConfig, video: str) -> float:
     nats: they are the same function of the weights."""
     batch = read_prompts(system, config, video, step=0)
     with unsharded(system.policy):
-        rollout, _ = sample_rollouts(system.policy, system.tokenizer, batch, config, step=0)[0]
+        pairs = train_rl.sample_rollouts(system.policy, system.tokenizer, batch, config, step=0)
+        rollout, _ = pairs[0]
         ids, mask = rollout.completion_ids, rollout.completion_mask
         packed = group_logprobs(system.policy, [rollout.prompt], ids[None], mask[None])[0]
-        forbidden = forbidden_tokens(system.policy.config)
-        plain = copies_logprobs(system.policy, rollout, forbidden)
+        plain = copies_logprobs(system.policy, rollout, forbidden_tokens(system.policy.config))
     return float(torch.where(mask.to(plain.device), packed - plain, 0.0).abs().max())
 
 
-# --------------------------------------------------------------------------------------- results
+# ----------------------------------------------------------------------------------------- results
 
 
-def summarise(measured: list[dict], alone: dict, flops: dict[str, int], machine: dict) -> dict:
-    """One recipe: medians of the measured steps' seconds, shares, and the peaks of the step that
-    began with released memory."""
+def summarise(measured: list[dict], alone: dict, flops: dict[str, int], matmul: float) -> dict:
+    """One recipe: medians of the measured steps' seconds, shares of the matrix product's FLOP/s,
+    and the peaks of the step that began with released memory."""
     seconds = {
         phase: statistics.median(one["seconds"][phase] for one in measured) for phase in PHASES
     }
     totals = [sum(one["seconds"].values()) for one in measured]
-    rates = {  # of the measured matrix product
-        phase: count / seconds[phase] / machine["matmul_flops"] if seconds[phase] else 0.0
-        for phase, count in flops.items()
-        if phase in seconds
-    }
-    total = statistics.median(totals)
-    useful = sum(count for phase, count in flops.items() if phase != "recompute")
-    peaks = {phase: alone["peaks"].get(phase, 0) / GIB for phase in PHASES}
+    shares = {
+        phase: flops[phase] / seconds[phase] / matmul
+        for phase in PHASES if phase in flops and seconds[phase]
+    }  # fmt: skip
+    useful = sum(flops.values()) - flops["recompute"]
     return {
-        "total_seconds": total,
+        "total_seconds": statistics.median(totals),
         "seconds": seconds,
         "all_total_seconds": totals,
         "flops": flops,
-        "share_of_matmul": rates,
-        "total_share_of_matmul": useful / total / machine["matmul_flops"],
-        "peak_gib": alone["peak"] / GIB,
-        "peak_gib_by_phase": peaks,
+        "share_of_matmul": shares,
+        "total_share_of_matmul": useful / statistics.median(totals) / matmul,
+        "peak_gib": max(alone["peaks"].values()) / GIB,
+        "peak_gib_by_phase": {phase: alone["peaks"].get(phase, 0) / GIB for phase in PHASES},
         "before_gib": alone["before"] / GIB,
     }
 
 
-def machine_facts(device: torch.device) -> dict:
+def machine_facts(device: torch.device, dtype: torch.dtype) -> dict:
     """The machine, and what it was measured to do."""
-    cuda = device.type == "cuda"
-    dtype = torch.bfloat16 if cuda else torch.float32
     return {
-        "device": torch.cuda.get_device_name(device) if cuda else "CPU",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "compute_dtype": str(dtype).removeprefix("torch."),
-        "itemsize": dtype.itemsize,
-        "matmul_flops": matmul_peak(device, dtype),
-        "copy_bytes": copy_bandwidth(device),
+        "matmul_flops": measure.matmul_peak(device, dtype),
+        "copy_bytes": measure.copy_bandwidth(device),
     }
 
 
-def count_threads(machine: dict) -> str:
-    return "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
-
-
-def planned_memory(system: System, config: StepConfig, load: Load) -> dict[str, float]:
-    """GiB that plan.py expects in each phase, to be set beside the measured peaks."""
-    names = {item.name for item in dataclasses.fields(PlanConfig)}
+def predicted_memory(system: System, config: StepConfig, load: Load) -> dict[str, float]:
+    """GiB that plan.py predicts for each phase, to be set beside the measured peaks."""
+    names = {item.name for item in dataclasses.fields(plan.PlanConfig)}
     shared = {key: value for key, value in vars(config).items() if key in names}
     shared["text_tokens"] = load.prompt_tokens[0] - load.tokens()["vision"] // len(load.grids)
     shared["max_pixels"] = 14**2 * load.grids[0][1] * load.grids[0][2]  # as the video has them
-    flags = PlanConfig(**shared | {"num_gpus": 1, "prompts_per_step": config.prompts_per_rank})
-    phases = estimate(system.policy.config, flags, on_gpu=system.world.device.type == "cuda")
+    shared |= {"num_gpus": 1, "prompts_per_step": config.prompts_per_rank}
+    on_gpu = system.world.device.type == "cuda"
+    phases = plan.estimate(system.policy.config, plan.PlanConfig(**shared), on_gpu)
     return {
         phase: max(sum(phases[part].values()) for part in parts) / GIB
-        for phase, parts in PLANNED.items()
+        for phase, parts in PREDICTED.items()
     }
 
 
@@ -320,137 +291,101 @@ def num_decode_weights(model) -> int:
 
 def compare(system: System, config: StepConfig, machine: dict) -> dict:
     """Both recipes in turns: warm up, check that they agree, measure memory, then seconds."""
-    rl_config, world = config.rl_config(), system.world
+    rl_config, video, world = config.rl_config(), config.video, system.world
     recipes = {"ours": our_step} | ({"plain": plain_step} if config.plain else {})
     short = dataclasses.replace(rl_config, max_new_tokens=2)  # first calls allocate and look up
     for take_step in recipes.values():
-        measure_step(take_step, system, short, config.video, step=0)
-    gap = None
-    if config.plain:
-        gap = agreement(system, rl_config, config.video)
-        in_float32 = world.device.type == "cpu"
-        assert gap <= AGREEMENT or not in_float32, f"the recipes' log-probabilities differ by {gap}"
+        measure_step(take_step, system, short, video, step=0)
+    gap = agreement(system, rl_config, video) if config.plain else 0.0
+    is_exact = world.dtype == torch.float32
+    assert gap <= AGREEMENT or not is_exact, f"the recipes' log-probabilities differ by {gap}"
     alone = {
-        name: measure_step(take_step, system, rl_config, config.video, step=0)
+        name: measure_step(take_step, system, rl_config, video, step=0)
         for name, take_step in recipes.items()
     }
     measured: dict[str, list[dict]] = {name: [] for name in recipes}
     for step in range(1, config.repeats + 1):
         for name, take_step in recipes.items():
-            one = measure_step(take_step, system, rl_config, config.video, step, release=False)
+            one = measure_step(take_step, system, rl_config, video, step, release=False)
             measured[name].append(one)
-            log(f"step {step} {name}: {sum(measured[name][-1]['seconds'].values()):.2f} s")
+            log(f"step {step} {name}: {sum(one['seconds'].values()):.2f} s")
     load: Load = measured["ours"][0]["load"]
     results: dict = {}
     for name, steps in measured.items():
-        flops = step_flops(
-            system.policy.config, load, name == "plain", config.activation_checkpointing
-        )
-        results[name] = summarise(steps, alone[name], flops, machine)
-    results["ours"]["planned_gib_by_phase"] = planned_memory(system, config, load)
-    needed = decode_bytes(
-        system.policy.config, load, num_decode_weights(system.policy), machine["itemsize"]
-    )
-    results["decode_bytes"] = needed
-    results["decode_share_of_copy"] = (
-        needed / results["ours"]["seconds"]["rollout.decode"] / machine["copy_bytes"]
-    )
-    results["tokens"] = load.tokens()
-    results["agreement_nats"] = gap
-    return results
+        is_plain, qwen = name == "plain", system.policy.config
+        flops = step_flops(qwen, load, is_plain, config.activation_checkpointing)
+        results[name] = summarise(steps, alone[name], flops, machine["matmul_flops"])
+    num_weights = num_decode_weights(system.policy)
+    needed = decode_bytes(system.policy.config, load, num_weights, world.dtype.itemsize)
+    moved = results["ours"]["seconds"]["rollout.decode"] * machine["copy_bytes"]
+    results["ours"]["predicted_gib_by_phase"] = predicted_memory(system, config, load)
+    return results | {
+        "decode_bytes": needed, "decode_share_of_copy": needed / moved,
+        "tokens": load.tokens(), "agreement_nats": gap if config.plain else None,
+    }  # fmt: skip
 
 
 def table(results: dict, machine: dict) -> str:
     """The results as lines for the console."""
-    names = [name for name in ("ours", "plain") if name in results]
-    head = f"{'seconds (GFLOP, share of matmul)':50}" + "".join(f"{name:>28}" for name in names)
-    lines = [head]
+    recipes = {name: results[name] for name in ("ours", "plain") if name in results}
 
-    def row(label: str, cells: list[str]) -> None:
-        lines.append(f"{label:50}" + "".join(f"{cell:>28}" for cell in cells))
+    def row(label: str, cell) -> str:
+        return f"{label:50}" + "".join(f"{cell(result):>28}" for result in recipes.values())
 
-    def cell(result: dict, phase: str) -> str:
-        flops = result["flops"].get(phase)
-        work = f"({flops / 1e9:.0f}, {result['share_of_matmul'][phase]:.0%})" if flops else ""
+    def phase_cell(result: dict, phase: str) -> str:
+        work = ""
+        if phase in result["share_of_matmul"]:
+            work = f"({result['flops'][phase] / 1e9:.0f}, {result['share_of_matmul'][phase]:.0%})"
         return f"{result['seconds'][phase]:.2f} {work:>16}"
 
-    for phase, label in PHASES.items():
-        row(label, [cell(results[name], phase) for name in names])
-    row("whole step", [
-        f"{results[name]['total_seconds']:.2f} "
-        f"{'(' + format(results[name]['total_share_of_matmul'], '.0%') + ')':>16}"
-        for name in names
-    ])  # fmt: skip
-    row("from the fastest to the slowest", [
-        f"{min(results[name]['all_total_seconds']):.2f} to "
-        f"{max(results[name]['all_total_seconds']):.2f}"
-        for name in names
-    ])  # fmt: skip
-    row("recomputed in backward, GFLOP", [
-        f"{results[name]['flops']['recompute'] / 1e9:.0f}" for name in names
-    ])  # fmt: skip
-    row("peak memory, GiB", [f"{results[name]['peak_gib']:.2f}" for name in names])
-    row("of it before the step", [f"{results[name]['before_gib']:.2f}" for name in names])
-    for phase, planned in results["ours"]["planned_gib_by_phase"].items():
-        found = results["ours"]["peak_gib_by_phase"][phase]
-        row(f"  {PHASES[phase]}", [f"{found:.2f}, planned {planned:.2f}"])
-    tokens = results["tokens"]
-    sampled = tokens["sampled"] / results["ours"]["total_seconds"]
+    ours, tokens, threads = results["ours"], results["tokens"], machine["threads"]
+    lines = [f"{'seconds (GFLOP, share of matmul)':50}" + "".join(f"{n:>28}" for n in recipes)]
+    lines += [row(label, lambda r, p=phase: phase_cell(r, p)) for phase, label in PHASES.items()]
+    lines += [
+        row("whole step", lambda r: f"{r['total_seconds']:.2f} "
+            f"{'(' + format(r['total_share_of_matmul'], '.0%') + ')':>16}"),
+        row("from the fastest to the slowest", lambda r: f"{min(r['all_total_seconds']):.2f} to "
+            f"{max(r['all_total_seconds']):.2f}"),
+        row("recomputed in backward, GFLOP", lambda r: f"{r['flops']['recompute'] / 1e9:.0f}"),
+        row("peak memory, GiB", lambda r: f"{r['peak_gib']:.2f}"),
+        row("of it before the step", lambda r: f"{r['before_gib']:.2f}"),
+    ]  # fmt: skip
+    for phase, predicted in ours["predicted_gib_by_phase"].items():
+        found = f"{ours['peak_gib_by_phase'][phase]:.2f}, predicted {predicted:.2f}"
+        lines.append(f"{'  ' + PHASES[phase]:50}{found:>28}")
     lines += [
         f"tokens: prompt {tokens['prompt']} (vision {tokens['vision']}), sampled "
-        f"{tokens['sampled']}, which is {sampled:.1f} a second",
+        f"{tokens['sampled']}, {tokens['sampled'] / ours['total_seconds']:.1f} a second",
         f"decode has to read {results['decode_bytes'] / 1e9:.1f} GB, "
         f"{results['decode_share_of_copy']:.0%} of what a copy moves in its time",
-        f"{machine['device']}, {count_threads(machine)}, {machine['compute_dtype']}: matrix "
-        f"product {machine['matmul_flops'] / 1e9:.0f} GFLOP/s, copy "
-        f"{machine['copy_bytes'] / 1e9:.1f} GB/s",
+        f"{machine['device']}, {threads} thread{'s' if threads > 1 else ''}, "
+        f"{machine['compute_dtype']}: matrix product {machine['matmul_flops'] / 1e9:.0f} GFLOP/s, "
+        f"copy {machine['copy_bytes'] / 1e9:.1f} GB/s",
     ]
-    if "plain" in results:
-        ours, plain = results["ours"], results["plain"]
+    if "plain" in recipes:
+        seconds, memory = (
+            recipes["plain"][key] / ours[key] for key in ("total_seconds", "peak_gib")
+        )
         lines.append(
-            f"plain / ours: {plain['total_seconds'] / ours['total_seconds']:.2f} in seconds, "
-            f"{plain['peak_gib'] / ours['peak_gib']:.2f} in peak memory; their log-probabilities "
-            f"agree to {results['agreement_nats']:.1e}"
+            f"plain / ours: {seconds:.2f} in seconds, {memory:.2f} in peak memory; their "
+            f"log-probabilities agree to {results['agreement_nats']:.1e}"
         )
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------- command line
-
-
-def parse_flags(argv: list[str] | None = None) -> StepConfig:
-    """The config of a command line.
-
-    Raises:
-        ValueError: an unknown flag, or a value that makes no sense; names the flag.
-    """
-    parser = FlagParser(StepConfig, allow_abbrev=False, description="One T-GRPO step by phase.")
-    config, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    require(not rest, f"unknown argument {rest[0]!r}; --help lists the flags" if rest else "")
-    config.check()
-    return config
-
-
-def measure(config: StepConfig, world: World) -> dict:
-    """Everything that the flags ask for: what goes into --json."""
-    require(world.size == 1, "this benchmark measures one process: start it without torchrun")
-    machine = machine_facts(world.device)
-    system = load_system(config.rl_config(), world)
-    num_parameters = sum(parameter.numel() for parameter in system.policy.parameters())
-    results = {
-        "settings": dataclasses.asdict(config),
-        "machine": machine,
-        "num_parameters": num_parameters,
-        **compare(system, config, machine),
-    }
-    log(table(results, machine))
-    return results
-
-
 def main() -> None:
-    config = parse_flags()
+    config = measure.parse_flags(StepConfig, "One T-GRPO step by phase.")
     with process_group() as world:
-        results = measure(config, world)
+        require(world.size == 1, "this benchmark measures one process: start it without torchrun")
+        machine = machine_facts(world.device, world.dtype)
+        system = System.load(config.rl_config(), world)
+        results = {
+            "settings": dataclasses.asdict(config),
+            "machine": machine,
+            "num_parameters": sum(parameter.numel() for parameter in system.policy.parameters()),
+            **compare(system, config, machine),
+        }
+        log(table(results, machine))
     if config.json:
         Path(config.json).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         log(f"results written to {config.json}")

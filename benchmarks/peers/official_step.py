@@ -2,7 +2,7 @@
 
     python -m venv official
     official/bin/pip install torch==2.13.0 transformers==4.51.3 decord pillow "numpy<2.4"
-    official/bin/python benchmarks/peers/official_step.py MODEL_FOLDER CLIP NEW_TOKENS STEPS
+    official/bin/python benchmarks/peers/official_step.py MODEL_FOLDER VIDEO NEW_TOKENS STEPS
 
 What its compute_loss does with T-GRPO, in its order and under a transformers of its time, written
 anew: the processor twice, ordered and shuffled; `generate` with 8 and with 4 returned sequences,
@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from decord import VideoReader
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from transformers import (
@@ -29,7 +28,7 @@ from transformers import (
     Qwen2_5_VLProcessor,
     Qwen2VLImageProcessor,
 )
-from watch import QUESTION, Watch
+from watch import QUESTION, Watch, read_frames
 
 SIZE, SHUFFLED_SIZE = 8, 4  # G and G~
 
@@ -52,12 +51,6 @@ def load(folder: str) -> Qwen2_5_VLForConditionalGeneration:
         )
 
 
-def read_frames(clip: str) -> np.ndarray:
-    video = VideoReader(clip, width=196, height=112)
-    frames = video.get_batch(np.linspace(0, len(video) - 1, 16).round().astype(int)).asnumpy()
-    return frames.transpose(0, 3, 1, 2)  # (frames, 3, height, width)
-
-
 def logprobs(model, ids: Tensor, prompt_length: int, **pixels) -> Tensor:
     """Log-probabilities (G, T) of the responses, from the logits of all tokens, (G, S + T, V)."""
     logits = model(ids, **pixels).logits
@@ -68,12 +61,12 @@ def logprobs(model, ids: Tensor, prompt_length: int, **pixels) -> Tensor:
     return torch.stack(rows)[:, prompt_length - 1 :]
 
 
-def step(model, reference, optimizer, processor, clip: str, new_tokens: int) -> None:
+def step(model, reference, optimizer, processor, path: str, new_tokens: int) -> None:
     content = [{"type": "video"}, {"type": "text", "text": QUESTION}]
     text = processor.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
     )
-    frames = read_frames(clip)
+    frames = read_frames(path, 16).transpose(0, 3, 1, 2)  # (frames, 3, height, width)
     ordered = processor(text=[text], videos=[frames], return_tensors="pt")
     mixed = np.random.default_rng(0).permutation(frames)
     shuffled = processor(text=[text], videos=[mixed], return_tensors="pt")
@@ -109,7 +102,7 @@ def step(model, reference, optimizer, processor, clip: str, new_tokens: int) -> 
     optimizer.zero_grad()
 
 
-def main(folder: str, clip: str, new_tokens: str, steps: str) -> None:
+def main(folder: str, path: str, new_tokens: str, steps: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     processor = Qwen2_5_VLProcessor(
         Qwen2VLImageProcessor.from_pretrained(folder), tokenizer,
@@ -122,7 +115,7 @@ def main(folder: str, clip: str, new_tokens: str, steps: str) -> None:
     watch = Watch(int(new_tokens))
     for _ in range(int(steps)):
         watch.start()
-        step(model, reference, optimizer, processor, clip, int(new_tokens))
+        step(model, reference, optimizer, processor, path, int(new_tokens))
         watch.stop()
     watch.report()
 

@@ -2,7 +2,7 @@
 
     python -m venv trl
     trl/bin/pip install torch==2.13.0 transformers==5.23.0 trl==1.16.0 decord pillow
-    trl/bin/python benchmarks/peers/trl_step.py MODEL_FOLDER CLIP NEW_TOKENS STEPS
+    trl/bin/python benchmarks/peers/trl_step.py MODEL_FOLDER VIDEO NEW_TOKENS STEPS
 
 TRL has no shuffled group: it samples two thirds of our responses at G = 8. It takes no video
 either, so that 8 images of 196 x 112 pixels, read once, stand for the 8 grids of 16 such frames:
@@ -13,10 +13,8 @@ checkpointing, float32 on CPU. Prints a line for each step, the first of which i
 import sys
 import tempfile
 
-import numpy as np
 import torch
 from datasets import Dataset, Features, Image, List, Value
-from decord import VideoReader
 from transformers import (
     AutoImageProcessor,
     AutoTokenizer,
@@ -25,7 +23,7 @@ from transformers import (
     TrainerCallback,
 )
 from trl import GRPOConfig, GRPOTrainer
-from watch import QUESTION, Watch
+from watch import QUESTION, Watch, read_frames
 
 
 class ImagesAlone(Qwen2_5_VLProcessor):
@@ -47,13 +45,7 @@ class Timer(TrainerCallback):
         self.watch.stop()
 
 
-def read_images(clip: str, count: int = 8) -> list:
-    video = VideoReader(clip, width=196, height=112)
-    frames = video.get_batch(np.linspace(0, len(video) - 1, count).round().astype(int)).asnumpy()
-    return list(frames)
-
-
-def main(folder: str, clip: str, new_tokens: str, steps: str) -> None:
+def main(folder: str, path: str, new_tokens: str, steps: str) -> None:
     watch = Watch(int(new_tokens))
 
     def reward(completions, completion_ids, **_) -> list[float]:
@@ -67,7 +59,7 @@ def main(folder: str, clip: str, new_tokens: str, steps: str) -> None:
     )
     rows = {
         "prompt": [[{"role": "user", "content": QUESTION}]] * 64,
-        "images": [read_images(clip)] * 64,
+        "images": [list(read_frames(path, 8))] * 64,
     }
     prompt = List({"role": Value("string"), "content": Value("string")})
     features = Features({"prompt": prompt, "images": List(Image())})

@@ -1,15 +1,24 @@
-"""What the peers' steps share: the question, seconds of steps, the peak memory of the process."""
+"""What the peers' steps share: question, frames, seconds of steps, peak memory of the process."""
 
 import json
 import resource
 import statistics
 import time
 
+import numpy as np
+from decord import VideoReader
+
 QUESTION = (
     "Which way does the animal in the video turn its head?\nA. left\nB. right\nPlease think about "
     "this question as if you were a human pondering deeply. Provide your answer between the "
     "<answer> </answer> tags."
 )
+
+
+def read_frames(path: str, num_frames: int) -> np.ndarray:
+    """uint8 (frames, 112, 196, 3), evenly spaced."""
+    video = VideoReader(path, width=196, height=112)
+    return video.get_batch(np.linspace(0, len(video) - 1, num_frames).round().astype(int)).asnumpy()
 
 
 class Watch:
