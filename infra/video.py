@@ -4,11 +4,9 @@
     read_image    an image: uint8 (1, H, W, 3)
     DecoderPool   both, in processes that may crash or hang without harm to this one
 
-A file is decoded correctly or refused with a MediaError that names it and the reason. No torch is
-imported here, so a worker process starts in 0.1 s.
-
-decord silently returns wrong frames where it lost some (open_video), where its seeking is off
-(exact_seek), and of rotated or mirrored mp4 (open_video, mp4_layout).
+A file is decoded correctly or refused with a MediaError that names it and the reason. decord alone
+silently returns wrong frames where it lost some or seeks badly, and of rotated mp4 files.
+No torch is imported here: a worker process starts in 0.1 s.
 
 Shapes: F frames, H and W pixels. Times are in seconds, sizes in pixels.
 """
@@ -39,18 +37,19 @@ from PIL import Image, ImageOps
 
 from infra.errors import MediaError
 
-# What Pillow, decord and the parsers below raise for a damaged file.
+# What Pillow, decord and the parsers below raise for a damaged file. No TypeError, AttributeError or
+# AssertionError: those would be mistakes of this file.
 DAMAGE = (
-    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError,
-    RuntimeError, StopIteration, SyntaxError, TypeError, ValueError, struct.error,
-    Image.DecompressionBombError, Image.DecompressionBombWarning,
+    ArithmeticError, EOFError, LookupError, MemoryError, OSError, RuntimeError, StopIteration,
+    SyntaxError, ValueError, struct.error, Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
 )  # fmt: skip
 
 
 def check_file(path):
-    """Refuse, before it is opened, anything but a regular file that is not empty.
+    """Refuse anything but a regular file that is not empty: opening a FIFO or a device can block.
 
-    Opening a FIFO or a device can block forever. Links are followed.
+    Links are followed.
     """
     try:
         info = os.stat(path)
@@ -71,7 +70,7 @@ def media_error(path, error):
     elif "-1381258232" in text:  # AVERROR_STREAM_NOT_FOUND
         text = "no video stream"
     elif type(error).__name__ in ("StopIteration", "DECORDLimitReachedError"):
-        text = "fewer frames than decord counts: some are lost, or hidden by an edit list"
+        text = "fewer frames than decord counts: some are lost, or cut out by an edit list"
     return MediaError(f"{path}: cannot be decoded: {text or type(error).__name__}")
 
 
@@ -115,21 +114,27 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "TGA
 
 
 def to_rgb(image):
-    """A loaded Pillow image of any mode to RGB: alpha over white, 16 bits scaled to 8.
-
-    Raises ValueError for numbers whose white is unknown (32-bit and float TIFF).
-    """
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no fixed white")
-    if image.mode.startswith("I"):  # Pillow's own conversion clips at 255
-        levels = np.asarray(image).astype(np.int64)
-        if levels.min() < 0 or levels.max() > 65535:
-            raise ValueError("32-bit pixels have no fixed white")
-        image = Image.fromarray(((levels * 255 + 32767) // 65535).astype(np.uint8))
+    """A loaded Pillow image of any mode to RGB: alpha over white, 16 bits scaled to 8."""
+    if image.mode in ("I", "F"):
+        raise ValueError("32-bit pixels have no fixed white")
+    if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
+        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def load_image(path):
+    """An image as Pillow reads it, upright. Pillow raises TypeError too for some damaged headers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)  # over 256 MiB in RGB
+        try:
+            with Image.open(path, formats=IMAGE_FORMATS) as image:
+                return ImageOps.exif_transpose(image)  # loads the pixels
+        except TypeError as error:
+            raise ValueError(str(error)) from error
 
 
 def read_image(path, *, min_pixels, max_pixels, factor, max_aspect):
@@ -145,11 +150,7 @@ def read_image(path, *, min_pixels, max_pixels, factor, max_aspect):
     """
     check_file(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)  # over 256 MiB in RGB
-            with Image.open(path, formats=IMAGE_FORMATS) as image:
-                image = to_rgb(ImageOps.exif_transpose(image))
+        image = to_rgb(load_image(path))
         return resize(image, min_pixels, max_pixels, factor, max_aspect)[None]  # (1, H, W, 3)
     except DAMAGE as error:
         raise media_error(path, error) from error
@@ -158,13 +159,12 @@ def read_image(path, *, min_pixels, max_pixels, factor, max_aspect):
 # ------------------------------------------------------------------------------------------ videos
 
 # How a video file begins. ffmpeg would also open playlists (HLS, ffconcat): text that names other
-# files, and so frames of a video that the row does not name. Of an MPEG transport stream decord
-# loses the first second.
+# files, and so frames of a video that the row does not name.
 CONTAINERS = {
     "mp4": rb"....(ftyp|moov|mdat|free|skip|wide|pnot)",
     "matroska": rb"\x1aE\xdf\xa3",
-    "riff": rb"RIFF....AVI ",
-    "other": rb"FLV|\x30\x26\xb2\x75|\0\0\x01[\xba\xb3]|OggS|GIF8|YUV4MPEG2|DKIF",
+    "avi": rb"RIFF....AVI ",
+    "y4m": rb"YUV4MPEG2",
 }
 # By the signs of a, b, c, d in an mp4 display matrix, which shows a pixel (x, y) at
 # (a x + c y, b x + d y): the counterclockwise quarter turns that do the same.
@@ -177,11 +177,12 @@ IDENTITY = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
 
 @dataclass(frozen=True)
 class Layout:
-    """What a file's headers say and decord does not."""
+    """What a file's headers say and decord does not. A patch is (offset in the file, bytes)."""
 
     turns: int = 0  # counterclockwise quarter turns that show a stored frame upright
-    matrix_at: int = 0  # where the mp4 display matrix starts, in bytes
-    pts: np.ndarray | None = None  # int64 (total,), mp4 presentation times in decoding order
+    upright: tuple = ()  # patches that take the rotation away
+    unedited: tuple = ()  # patches that take the edit list away
+    pts: np.ndarray | None = None  # int64 (total,), presentation times in decoding order
     in_order: bool = False  # frames are known to be displayed in decoding order
 
 
@@ -226,7 +227,9 @@ def mp4_layout(data):
     signs = tuple(int(np.sign(value)) for value in (a, b, c, d))
     if signs not in TURNS:
         raise ValueError("mirrored, or rotated by an angle that is no multiple of 90 degrees")
-    return Layout(TURNS[signs], matrix_at, mp4_pts(data, tracks[0]))
+    upright = ((matrix_at, IDENTITY),) if TURNS[signs] else ()
+    unedited = tuple((start - 4, b"free") for start, _ in boxes(data, b"edts", *tracks[0]))
+    return Layout(TURNS[signs], upright, unedited, mp4_pts(data, tracks[0]))
 
 
 def mp4_pts(data, track):
@@ -276,31 +279,31 @@ def read_layout(path):
         kind = next((kind for kind, start in CONTAINERS.items()
                      if re.match(start, data, re.DOTALL)), None)
         if kind is None:
-            raise ValueError("not a video (mp4, mov, mkv, webm, avi, wmv, flv, mpg, ogv, gif, y4m)")
-        if kind == "riff" and struct.unpack_from("<I", data, 4)[0] > len(data):
+            raise ValueError("not a video (mp4, mov, mkv, webm, avi, y4m)")
+        if kind == "avi" and struct.unpack_from("<I", data, 4)[0] > len(data):
             raise ValueError(f"truncated at {len(data)} bytes")
         if kind == "mp4":
             return mp4_layout(data)
         return matroska_layout(data) if kind == "matroska" else Layout()
 
 
-def open_video(path, layout):
-    """A decord reader of the frames as they are stored, not rotated."""
+def open_video(path, patches):
+    """A decord reader of a file, or of a temporary copy with patches."""
     import decord
 
     decord.logging.set_level(decord.logging.QUIET)
     # fault_tol: decord replaces a frame that it lost by its neighbour; one is too many.
     options = {"ctx": decord.cpu(0), "num_threads": 1, "fault_tol": 1e-9}
-    if not layout.turns:
+    if not patches:
         # ffmpeg takes a bare "a:b" for a protocol, not so "/a:b".
         return decord.VideoReader(os.path.abspath(path), **options)
-    # decord2 3.4.0 returns garbage of four channels for a rotated video: it gets a copy that is
-    # not. Not from memory: decord crashes there.
+    # decord crashes where it reads from memory instead of a file.
     with open(path, "rb") as file, tempfile.TemporaryFile() as copy:
         shutil.copyfileobj(file, copy)
-        copy.seek(layout.matrix_at)
-        copy.write(IDENTITY)
-        copy.seek(0)
+        for offset, content in patches:
+            copy.seek(offset)
+            copy.write(content)
+        copy.flush()
         return decord.VideoReader(f"/dev/fd/{copy.fileno()}", **options)
 
 
@@ -314,7 +317,7 @@ def exact_seek(reader, layout):
         return True
     if layout.pts is None or len(layout.pts) != len(reader):
         return False
-    if reader.get_frame_timestamp([0])[0, 0] < 0:  # an edit list hides frames that decord counts
+    if reader.get_frame_timestamp([0])[0, 0] < 0:
         return False
     place = np.argsort(np.argsort(layout.pts, kind="stable"))
     keys = np.array(reader.get_key_indices(), np.int64)
@@ -345,8 +348,29 @@ def sample_indices(total, frame_rate, max_frames, fps, min_frames):
     return indices, total / (n * frame_rate)
 
 
+def decode_frames(reader, layout, max_frames, fps, min_frames, size):
+    """read_frames of an open file. size: the arguments of resize after the image."""
+    rate = reader.get_avg_fps()
+    indices, seconds = sample_indices(len(reader), rate, max_frames, fps, min_frames)
+    exact = exact_seek(reader, layout)
+    # Where seeking is not exact, everything up to the last sampled frame is decoded. Nor does
+    # decord skip frames exactly while it empties its decoder at the end of the file.
+    start = max(len(reader) - MAX_DELAY, 0) if exact else 0
+    frames = []
+    for index in sorted({*indices, *range(start, indices[-1] + 1)}):
+        frame = reader.get_batch([index]) if exact else reader.next()
+        if index in indices:
+            if frame.shape[-1] != 3:
+                raise ValueError(f"decord returns frames of shape {frame.shape}")
+            image = np.rot90(frame.asnumpy().reshape(frame.shape[-3:]), layout.turns)
+            frames.append(resize(Image.fromarray(np.ascontiguousarray(image)), *size))
+    return np.stack(frames), seconds  # (F, H, W, 3)
+
+
 def read_frames(path, *, max_frames, min_pixels, max_pixels, fps, min_frames, factor, max_aspect):
     """Decode uniformly spaced frames of a video, upright and in RGB; see sample_indices.
+
+    Frames that an mp4's edit list hides are counted, and decoded, where decord counts them.
 
     Args:
         max_frames: 1 or more.
@@ -361,25 +385,19 @@ def read_frames(path, *, max_frames, min_pixels, max_pixels, fps, min_frames, fa
     import decord
 
     check_file(path)
-    frames = []
+    limits = max_frames, fps, min_frames, (min_pixels, max_pixels, factor, max_aspect)
     try:
         layout = read_layout(path)
-        reader = open_video(path, layout)
-        rate = reader.get_avg_fps()
-        indices, seconds = sample_indices(len(reader), rate, max_frames, fps, min_frames)
-        exact = exact_seek(reader, layout)
-        # Where seeking is not exact, everything up to the last sampled frame is decoded. Nor does
-        # decord skip frames exactly while it empties its decoder at the end of the file.
-        start = len(reader) - MAX_DELAY if exact else 0
-        for index in sorted({*indices, *range(max(start, 0), indices[-1] + 1)}):
-            frame = reader.get_batch([index]) if exact else reader.next()
-            if index in indices:
-                if frame.shape[-1] != 3:
-                    raise ValueError(f"decord returns frames of shape {frame.shape}")
-                image = frame.asnumpy().reshape(frame.shape[-3:])
-                image = Image.fromarray(np.ascontiguousarray(np.rot90(image, layout.turns)))
-                frames.append(resize(image, min_pixels, max_pixels, factor, max_aspect))
-        return np.stack(frames), seconds  # (F, H, W, 3)
+        reader = open_video(path, layout.upright)
+        try:
+            if layout.unedited and reader.get_frame_timestamp([0])[0, 0] < 0:
+                raise StopIteration  # the first frame is hidden
+            return decode_frames(reader, layout, *limits)
+        except (StopIteration, decord.DECORDLimitReachedError):
+            total, reader = len(reader), open_video(path, layout.upright + layout.unedited)
+            if not layout.unedited or len(reader) != total:
+                raise
+            return decode_frames(reader, layout, *limits)
     except (*DAMAGE, decord.DECORDError, decord.DECORDLimitReachedError) as error:
         raise media_error(path, error) from error
 
