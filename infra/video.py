@@ -37,8 +37,8 @@ from PIL import Image, ImageOps
 
 from infra.errors import MediaError
 
-# What Pillow, decord and the parsers below raise for a damaged file. No TypeError, AttributeError or
-# AssertionError: those would be mistakes of this file.
+# What Pillow, decord and the parsers below raise for a damaged file. TypeError and AttributeError
+# would be mistakes of this file.
 DAMAGE = (
     ArithmeticError, EOFError, LookupError, MemoryError, OSError, RuntimeError, StopIteration,
     SyntaxError, ValueError, struct.error, Image.DecompressionBombError,
@@ -47,10 +47,7 @@ DAMAGE = (
 
 
 def check_file(path):
-    """Refuse anything but a regular file that is not empty: opening a FIFO or a device can block.
-
-    Links are followed.
-    """
+    """Refuse all but a regular file that is not empty: to open a FIFO or a device can block."""
     try:
         info = os.stat(path)
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
@@ -75,10 +72,9 @@ def media_error(path, error):
 
 
 def smart_resize(height, width, min_pixels, max_pixels, factor):
-    """The size (h, w) in pixels to which an image is resized: transformers' rule for Qwen2-VL.
+    """The size (h, w) to which an image is resized: transformers' rule for Qwen2-VL.
 
-    Both sides are multiples of `factor`, h * w lies within [min_pixels, max_pixels] where that is
-    possible, and the aspect ratio is kept as nearly as possible.
+    Both are multiples of `factor`, h * w is within [min_pixels, max_pixels] where possible.
 
     >>> smart_resize(480, 640, 4 * 28 * 28, 128 * 28 * 28, factor=28)
     (252, 364)
@@ -126,32 +122,26 @@ def to_rgb(image):
 
 
 def load_image(path):
-    """An image as Pillow reads it, upright. Pillow raises TypeError too for some damaged headers."""
+    """An image as Pillow reads it, upright."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)  # over 256 MiB in RGB
         try:
             with Image.open(path, formats=IMAGE_FORMATS) as image:
-                return ImageOps.exif_transpose(image)  # loads the pixels
-        except TypeError as error:
+                return ImageOps.exif_transpose(image)  # which loads the pixels
+        except TypeError as error:  # Pillow's, for some damaged headers
             raise ValueError(str(error)) from error
 
 
 def read_image(path, *, min_pixels, max_pixels, factor, max_aspect):
-    """Decode an image, upright and in RGB; the first frame of an animation.
+    """Decode an image, upright and in RGB; the first frame of an animation: uint8 (1, H, W, 3).
 
-    Args:
-        min_pixels, max_pixels, factor: of the resized image, see smart_resize.
-        max_aspect: the long side over the short side at most.
-    Returns:
-        uint8 (1, H, W, 3)
-    Raises:
-        MediaError: no regular file, no image, truncated, too long and thin, or a bomb.
+    The limits are smart_resize's, and the long side over the short side at most. Raises MediaError.
     """
     check_file(path)
     try:
         image = to_rgb(load_image(path))
-        return resize(image, min_pixels, max_pixels, factor, max_aspect)[None]  # (1, H, W, 3)
+        return resize(image, min_pixels, max_pixels, factor, max_aspect)[None]
     except DAMAGE as error:
         raise media_error(path, error) from error
 
@@ -183,7 +173,7 @@ class Layout:
     upright: tuple = ()  # patches that take the rotation away
     unedited: tuple = ()  # patches that take the edit list away
     pts: np.ndarray | None = None  # int64 (total,), presentation times in decoding order
-    in_order: bool = False  # frames are known to be displayed in decoding order
+    in_order: bool = False  # frames are displayed in decoding order
 
 
 def boxes(data, path, start, end):
@@ -192,7 +182,6 @@ def boxes(data, path, start, end):
     An end may lie beyond `end` where the file is truncated or damaged.
     """
     wanted, _, rest = path.partition(b"/")
-    found = []
     while start + 8 <= end:
         size, kind = struct.unpack_from(">I4s", data, start)
         header = 8
@@ -202,12 +191,11 @@ def boxes(data, path, start, end):
             size = end - start
         if size < header:
             break
-        if kind == wanted:
-            found.append((start + header, start + size))
+        if kind == wanted and rest:
+            yield from boxes(data, rest, start + header, min(start + size, end))
+        elif kind == wanted:
+            yield start + header, start + size
         start += size
-    if not rest:
-        return found
-    return [deep for s, e in found for deep in boxes(data, rest, s, min(e, end))]
 
 
 def mp4_layout(data):
@@ -221,7 +209,7 @@ def mp4_layout(data):
         return Layout()
     if len(tracks) > 1:
         raise ValueError(f"{len(tracks)} video tracks")
-    header = boxes(data, b"tkhd", *tracks[0])[0][0]
+    header, _ = next(boxes(data, b"tkhd", *tracks[0]))
     matrix_at = header + (52 if data[header] == 1 else 40)  # version 1 has 64-bit times
     a, b, _, c, d = struct.unpack_from(">5i", data, matrix_at)
     signs = tuple(int(np.sign(value)) for value in (a, b, c, d))
@@ -241,12 +229,10 @@ def mp4_pts(data, track):
 
     def values(kind):  # of a table of rows (number of frames, value)
         for start, _ in boxes(data, b"mdia/minf/stbl/" + kind, *track):
-            num_rows = struct.unpack_from(">I", data, start + 4)[0]
-            content = data[start + 8:start + 8 + 8 * num_rows]
-            rows = np.frombuffer(content[:len(content) // 8 * 8], ">i4").reshape(-1, 2)
-            rows = rows.astype(np.int64)
+            (num_rows,) = struct.unpack_from(">I", data, start + 4)
+            rows = np.frombuffer(data, ">i4", 2 * num_rows, start + 8).reshape(-1, 2).astype(int)
             # A frame takes a byte at least: the count that a forged table claims costs no memory.
-            if len(rows) < num_rows or rows[:, 0].sum() > len(data):
+            if rows[:, 0].sum() > len(data):
                 raise ValueError(f"damaged {kind.decode()} box")
             return np.repeat(rows[:, 1], rows[:, 0])
 
@@ -258,17 +244,12 @@ def mp4_pts(data, track):
 
 def matroska_layout(data):
     """Layout of an mkv or webm file: truncation, and whether its codec reorders frames."""
-    def number(at):  # an EBML number: the leading zeros of its first byte say how long it is
-        length = 9 - data[at].bit_length()
-        bits = 7 * length
-        return int.from_bytes(data[at:at + length], "big") & ((1 << bits) - 1), bits, at + length
-
-    size, _, at = number(4)
-    segment = at + size
-    if data[segment:segment + 4] == b"\x18\x53\x80\x67":
-        size, bits, at = number(segment + 4)
-        if size != (1 << bits) - 1 and at + size > len(data):  # all ones: a live recording
-            raise ValueError(f"truncated at {len(data)} bytes")
+    at = data.find(b"\x18\x53\x80\x67", 0, 4096) + 4  # the size of the segment
+    length = 9 - data[at].bit_length()  # an EBML number: leading zeros say how long it is
+    unknown = (1 << 7 * length) - 1  # all ones: a live recording
+    size = int.from_bytes(data[at:at + length], "big") & unknown
+    if size != unknown and at + length + size > len(data):
+        raise ValueError(f"truncated at {len(data)} bytes")
     codecs = set(re.findall(rb"V_(VP8|VP9|AV1|[A-Z]{2})", data[:65536]))
     return Layout(in_order=bool(codecs) and codecs <= {b"VP8", b"VP9", b"AV1"})
 
@@ -330,9 +311,6 @@ def sample_indices(total, frame_rate, max_frames, fps, min_frames):
     n is the even number nearest below min(max(total / frame_rate * fps, min_frames), max_frames,
     total), or 1; the indices are round(linspace(0, total - 1, n)).
 
-    Args:
-        total, frame_rate: frames in the video, and a second of it on average.
-        max_frames, fps, min_frames: see read_frames.
     Returns:
         (list of n ascending indices, seconds between two of them)
 
@@ -373,14 +351,12 @@ def read_frames(path, *, max_frames, min_pixels, max_pixels, fps, min_frames, fa
     Frames that an mp4's edit list hides are counted, and decoded, where decord counts them.
 
     Args:
-        max_frames: 1 or more.
-        fps: sampled frames per second, as far as min_frames and max_frames allow.
+        max_frames: 1 or more. fps: sampled frames per second, where the bounds allow.
         min_pixels, max_pixels, factor, max_aspect: of one frame, see read_image.
     Returns:
         (uint8 (F, H, W, 3), seconds between two sampled frames)
     Raises:
-        MediaError: no regular file, no video, truncated, a codec or rotation that cannot be
-            decoded, or a lost frame.
+        MediaError: not decoded as a player shows it, or not at all.
     """
     import decord
 
@@ -406,15 +382,12 @@ def read_frames(path, *, max_frames, min_pixels, max_pixels, fps, min_frames, fa
 
 
 def read_media(kind, path, **limits):
-    """(uint8 (F, H, W, 3), seconds between frames) of a "video" or an "image", whose seconds are 0.
-
-    limits: the keyword arguments of read_frames or read_image. Raises MediaError.
-    """
+    """read_frames of a "video"; (read_image, 0.0) of an "image"."""
     return read_frames(path, **limits) if kind == "video" else (read_image(path, **limits), 0.0)
 
 
 def worker_main(handle, parent):
-    """The worker process: answers requests until its parent closes the connection.
+    """A worker process: answers requests until its parent closes the connection.
 
     A request is [kind, path, limits] as JSON. A reply is JSON, {"fault"} or {"shape", "seconds"},
     and after the second the pixels.
@@ -461,7 +434,7 @@ def start_worker():
     return process, connection
 
 
-class DecoderPool:
+class DecoderPool(contextlib.AbstractContextManager):
     """Decodes files in worker processes, so that no file stops, hangs or kills this process.
 
     with DecoderPool(num_workers=2, timeout=60) as pool:
@@ -472,18 +445,15 @@ class DecoderPool:
     """
 
     def __init__(self, num_workers, timeout):
-        if num_workers < 1 or not 0 < timeout <= 1e6:
-            raise ValueError(f"a pool of {num_workers} workers with a timeout of {timeout} seconds")
         self.timeout = timeout
         self.threads = ThreadPoolExecutor(num_workers, "decoder")
         self.workers = {}  # (process, connection) of each thread
-        self.closed = False
 
     def submit(self, kind, path, **limits):
         """Decode one file: a Future of read_media(kind, path, **limits).
 
-        The Future raises MediaError for a file that is refused, crashed its process or took too
-        long, and RuntimeError if no process starts.
+        It raises MediaError for a file that is refused, crashed its process or took too long, and
+        RuntimeError if no process starts.
         """
         reader = {"video": read_frames, "image": read_image}[kind]
         inspect.signature(reader).bind(path, **limits)  # a caller's mistake is no file's fault
@@ -509,14 +479,12 @@ class DecoderPool:
             raise MediaError(f"{path}: the decoder crashed with exit code {code}") from None
 
     def _worker(self):
-        """The process of this thread, a new one if it is gone, and the connection to it.
+        """(process, connection) of this thread, new ones if the process is gone.
 
         Only that thread may start it: the kernel ends a worker together with the thread that
         started it (PR_SET_PDEATHSIG), not with the whole process.
         """
         thread = threading.get_ident()
-        if self.closed:
-            raise RuntimeError("the decoder pool is closed")
         if thread not in self.workers or self.workers[thread][0].poll() is not None:
             process, connection = self.workers[thread] = start_worker()
             with contextlib.suppress(EOFError, OSError):
@@ -528,7 +496,6 @@ class DecoderPool:
 
     def close(self):
         """End the processes; jobs that wait are cancelled, those that run fail."""
-        self.closed = True
         self.threads.shutdown(wait=False, cancel_futures=True)
         for process, _ in list(self.workers.values()):
             process.kill()
@@ -537,9 +504,6 @@ class DecoderPool:
             process.kill()
             process.wait()
             connection.close()
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *_):
         self.close()

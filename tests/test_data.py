@@ -19,6 +19,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 import data
+from infra.errors import MediaError
 
 SIDE = 56  # pixels: 4 x 4 patches, 2 x 2 after merging
 LIMITS = {"max_frames": 16, "min_pixels": 4 * 28 * 28, "max_pixels": 128 * 28 * 28,
@@ -507,7 +508,7 @@ def test_frames_are_read_from_the_path_within_the_limits(tokenizer, toy_folder, 
 
 def test_missing_media_file_is_named(tokenizer, tmp_path):
     sample = make_sample(path=str(tmp_path / "nowhere.mp4"))
-    with pytest.raises(data.MediaError, match=r"nowhere\.mp4"):
+    with pytest.raises(MediaError, match=r"nowhere\.mp4"):
         data.make_prompt(sample, tokenizer)
 
 
@@ -528,7 +529,7 @@ def test_vision_token_in_the_text_is_refused(tokenizer, kind, token, place):
     else:
         text = f"What is {token}?"
         sample = replace(sample, **{place: text if place == "problem" else (text,)})
-    with pytest.raises(ValueError, match=r"row 41.*vision tokens"):
+    with pytest.raises(ValueError, match=r"row 41.*vision token"):
         data.make_prompt(sample, tokenizer, noise(1), template=template)
 
 
