@@ -123,10 +123,8 @@ class Prompt:
 def load_samples(path: str | Path, data_root: str | Path | None = None) -> list[Sample]:
     """Read a JSON list, or JSON lines, of rows in the official format.
 
-    Args:
-        path: the file. data_root: what the rows' paths are relative to; default: its folder.
-    Raises:
-        UserError: naming the file, and the row (counted from 0) if it is one row's fault.
+    data_root is what the rows' paths are relative to, by default the file's folder. Raises
+    UserError, naming the file, and the row (counted from 0) if it is one row's fault.
     """
     samples, faults = check_rows(path, data_root)
     if faults:
@@ -137,11 +135,8 @@ def load_samples(path: str | Path, data_root: str | Path | None = None) -> list[
 def load_usable_samples(config, check: Callable[[Sample], None]) -> list[Sample]:
     """The rows of --data that a stage trains on: of --data_types, without what it cannot use.
 
-    Args:
-        config: a TrainConfig. check: raises UserError, naming the row, for an unusable sample.
-    Raises:
-        UserError: naming the file and the first unusable row, unless --skip_bad_samples; or no row
-            is left.
+    `check` raises UserError for a sample that the stage cannot use. Raises UserError, naming the
+    file and the first unusable row, unless --skip_bad_samples; or if no row is left.
     """
     samples, faults = check_rows(config.data, config.data_root or None)
     num_rows = len(samples) + len(faults)
@@ -308,8 +303,7 @@ def load_template(path: str | None) -> str:
 
 
 def question_text(sample: Sample, template: str = TEMPLATE) -> str:
-    """The user's turn without the video or image: the template with every {question} and
-    {answer_format} replaced. Braces in a question are left as they are."""
+    """The user's turn without the video or image: the template, filled in a single pass."""
     question = sample.problem
     if sample.options:
         question = "\n".join([question, "Options:", *sample.options])
@@ -403,8 +397,8 @@ def require_process(sample: Sample) -> None:
 
 
 def require_solution(sample: Sample) -> None:
-    """Raise UserError, naming the row, if no answer can ever match the solution: its reward would
-    always be 0, which looks like a model that fails."""
+    """Raise UserError, naming the row, if no answer can ever match the solution: always reward 0,
+    which looks like a model that fails."""
     try:
         check_solution(sample.solution, sample.problem_type)
     except ValueError as error:
@@ -415,13 +409,11 @@ def require_solution(sample: Sample) -> None:
 
 
 def read_frames(path, max_frames=16, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS):
-    """Decode a video as Qwen2.5-VL sees it: two frames a second, 4 to max_frames, an even number.
+    """Decode a video as Qwen2.5-VL sees it: (uint8 (F, H, W, 3), seconds between two frames).
 
-    Returns:
-        (uint8 (F, H, W, 3), seconds between two frames): frames round(linspace(0, total - 1, F)) by
-        index, H and W multiples of 28 with H * W in [min_pixels, max_pixels] where possible.
-    Raises:
-        MediaError: naming the file and the reason.
+    F is even, two frames a second within 4 to max_frames; frame k is round(linspace(0, total - 1,
+    F))[k]; H and W are multiples of 28, H * W in [min_pixels, max_pixels] where possible.
+    Raises MediaError.
     """
     limits = {"max_frames": max_frames, "min_pixels": min_pixels, "max_pixels": max_pixels}
     return video.read_frames(path, **limits, **VIDEO_RULE)
@@ -450,19 +442,16 @@ def _decode_job(
 
 
 def video_path(path: str) -> str:
-    """The video, or the same one in another container: the data sets hold .webm where rows say
-    .mp4. A path without either comes back as it is, for the error to name."""
-    if os.path.exists(path):
-        return path
-    others = (str(Path(path).with_suffix(suffix)) for suffix in VIDEO_SUFFIXES)
-    return next((other for other in others if os.path.exists(other)), path)
+    """The video, or the same one in another container: the data sets hold .webm for some .mp4."""
+    paths = [path, *(str(Path(path).with_suffix(suffix)) for suffix in VIDEO_SUFFIXES)]
+    return next((found for found in paths if os.path.exists(found)), path)
 
 
 def reorder_frames(frames: Tensor, order: str, generator: torch.Generator | None = None) -> Tensor:
-    """The frames (F, H, W, 3) in another order.
+    """The frames (F, H, W, 3) in another order; before they are paired into temporal patches.
 
     A shuffle is never the identity where there is more than one frame: the shuffled group exists
-    to be without the order. It happens before frames are paired into temporal patches.
+    to be without the order.
     """
     count = len(frames)
     if order == "ordered":

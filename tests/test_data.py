@@ -16,7 +16,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 import data
-from infra.errors import MediaError
+from infra.errors import MediaError, UserError
 
 SIDE = 56  # pixels: 4 x 4 patches, 2 x 2 after merging
 LIMITS = {"max_frames": 16, "min_pixels": 4 * 28 * 28, "max_pixels": 128 * 28 * 28,
@@ -115,11 +115,11 @@ def test_a_video_in_another_container_is_found(tmp_path):
 @pytest.mark.parametrize(
     ("relative", "given", "found"),
     [
-        pytest.param("Evaluation/a.mp4", "", "Evaluation/a.mp4", id="holds"),
-        pytest.param("Evaluation/a.mp4", "Evaluation", "Evaluation/a.mp4", id="is"),
-        pytest.param("LLaVA/b.mp4", "", "Video-R1-data/LLaVA/b.mp4", id="holds-the-data-set"),
-        pytest.param("LLaVA/b.mp4", "Video-R1-data", "Video-R1-data/LLaVA/b.mp4", id="is-it"),
-        pytest.param("none/c.mp4", "", "none/c.mp4", id="nowhere"),
+        ("Evaluation/a.mp4", "", "Evaluation/a.mp4"),
+        ("Evaluation/a.mp4", "Evaluation", "Evaluation/a.mp4"),
+        ("LLaVA/b.mp4", "", "Video-R1-data/LLaVA/b.mp4"),
+        ("LLaVA/b.mp4", "Video-R1-data", "Video-R1-data/LLaVA/b.mp4"),
+        ("none/c.mp4", "", "none/c.mp4"),
     ],
 )
 def test_the_root_is_or_holds_the_official_folders(tmp_path, relative, given, found):
@@ -380,7 +380,6 @@ def test_mean_and_std_reach_the_pixels(tokenizer):
     frames = noise(2)
     prompt = data.make_prompt(make_sample(), tokenizer, frames, mean=(0, 0, 0), std=(1, 1, 1))
     assert torch.equal(prompt.pixel_values, data.patchify(frames, (0, 0, 0), (1, 1, 1))[0])
-    assert prompt.pixel_values.min() >= 0
 
 
 @pytest.mark.parametrize("kind", ["image", "video"])
@@ -398,11 +397,11 @@ def test_vision_token_in_the_text_is_refused(tokenizer, kind, token, place):
 @pytest.mark.parametrize("order", ["ordered", "shuffled", "reversed", "single"])
 def test_order_is_noted_and_an_image_knows_none(tokenizer, order):
     frames = noise(4)
-    clip = data.make_prompt(make_sample(), tokenizer, frames, order, seeded(0))
-    assert clip.order == order
-    picture = data.make_prompt(make_image_sample(), tokenizer, frames[:1], order, seeded(0))
-    assert picture.order == "ordered"
-    assert torch.equal(picture.pixel_values, data.patchify(frames[:1])[0])
+    video = data.make_prompt(make_sample(), tokenizer, frames, order, seeded(0))
+    assert video.order == order
+    image = data.make_prompt(make_image_sample(), tokenizer, frames[:1], order, seeded(0))
+    assert image.order == "ordered"
+    assert torch.equal(image.pixel_values, data.patchify(frames[:1])[0])
 
 
 # ------------------------------------------------------------------------------------- responses
@@ -426,17 +425,14 @@ def test_response_is_the_assistants_turn_alone(tokenizer, process, solution, exp
     assert ids[:-1].tolist() == tokenizer(expected, add_special_tokens=False)["input_ids"]
 
 
-@pytest.mark.parametrize("process", ["", " \n"])
-def test_row_without_process_is_named(tokenizer, process):
-    with pytest.raises(ValueError, match=r"row 41.* has no 'process'"):
-        data.response_ids(make_sample(process=process), tokenizer)
-
-
-@pytest.mark.parametrize("field", ["process", "solution"])
-def test_vision_token_in_a_response_is_refused(tokenizer, field):
-    sample = make_sample(**{field: "<think>a <|video_pad|> b</think>"})
-    with pytest.raises(ValueError, match="row 41"):
-        data.response_ids(sample, tokenizer)
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [({"process": " \n"}, "has no 'process'"), ({"process": "<|video_pad|>"}, "vision token"),
+     ({"solution": "<|image_pad|>"}, "vision token")],
+)  # fmt: skip
+def test_an_unusable_response_is_named(tokenizer, changes, reason):
+    with pytest.raises(UserError, match=f"row 41.*{reason}"):
+        data.response_ids(make_sample(**changes), tokenizer)
 
 
 # ------------------------------------------------------------------------------- orders of frames
@@ -457,14 +453,11 @@ def test_shuffle_is_decided_by_the_generator():
     def shuffled(generator):
         return tuple(data.reorder_frames(frames, "shuffled", generator).flatten().tolist())
 
-    assert shuffled(seeded(3)) == shuffled(seeded(3))
     torch.manual_seed(1)
     first = shuffled(seeded(3))
     torch.manual_seed(2)
     assert shuffled(seeded(3)) == first  # whatever the global generator does
     assert len({shuffled(seeded(seed)) for seed in range(20)}) > 15
-    generator = seeded(3)
-    assert shuffled(generator) != shuffled(generator)
 
 
 def test_shuffle_is_uniform_over_the_permutations_but_the_identity():
@@ -513,14 +506,9 @@ def frames_of(prompt):
 
 @pytest.mark.parametrize(
     ("order", "count", "expected"),
-    [
-        pytest.param("ordered", 6, [0, 1, 2, 3, 4, 5], id="ordered"),
-        pytest.param("reversed", 6, [5, 4, 3, 2, 1, 0], id="reversed"),
-        pytest.param("single", 4, [2, 2, 2, 2], id="single"),
-        pytest.param("ordered", 3, [0, 1, 2, 2], id="odd, the last twice"),
-        pytest.param("reversed", 3, [2, 1, 0, 0], id="odd and reversed"),
-    ],
-)
+    [("reversed", 6, [5, 4, 3, 2, 1, 0]), ("single", 4, [2, 2, 2, 2]), ("ordered", 3, [0, 1, 2, 2]),
+     ("reversed", 3, [2, 1, 0, 0])],
+)  # fmt: skip
 def test_frames_are_reordered_before_they_are_paired(tokenizer, order, count, expected):
     prompt = data.make_prompt(make_sample(), tokenizer, numbered(count), order)
     assert frames_of(prompt) == expected
