@@ -10,6 +10,7 @@ import functools
 import gc
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,14 +21,9 @@ from torch import Tensor
 
 from infra import video
 from infra.distributed import log
-from infra.errors import MediaError, UserError, require
+from infra.errors import UserError, require
 from infra.video import DecoderPool
 from rewards import check_solution
-
-__all__ = [
-    "DecoderPool", "MediaError", "Prompt", "Sample", "check_rows", "load_samples", "make_prompt",
-    "patchify", "read_frames", "read_image", "read_rows",
-]  # fmt: skip
 
 PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression")  # Section 3.1
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".y4m")
@@ -90,6 +86,11 @@ class Sample:
         """How messages name it."""
         return f"row {self.row} (problem {self.problem_id})"
 
+    @property
+    def texts(self) -> str:
+        """All that a tokenizer may see."""
+        return "\n".join((self.problem, *self.options, self.process, self.solution))
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -122,38 +123,32 @@ class Prompt:
 def load_samples(path: str | Path, data_root: str | Path | None = None) -> list[Sample]:
     """Read a JSON list, or JSON lines, of rows in the official format.
 
-    Args:
-        path: the file. data_root: what the rows' paths are relative to; default: its folder.
-    Raises:
-        UserError: naming the file, and the row (counted from 0) if it is one row's fault.
+    data_root is what the rows' paths are relative to, by default the file's folder. Raises
+    UserError, naming the file, and the row (counted from 0) if it is one row's fault.
     """
     samples, faults = check_rows(path, data_root)
-    require(not faults, faults[0] if faults else "")
+    if faults:
+        raise UserError(faults[0])
     return samples
 
 
 def load_usable_samples(config, check: Callable[[Sample], None]) -> list[Sample]:
     """The rows of --data that a stage trains on: of --data_types, without what it cannot use.
 
-    Args:
-        config: a TrainConfig. check: raises UserError, naming the row, for a sample that the
-            stage cannot use.
-    Raises:
-        UserError: naming the file and the first unusable row, unless --skip_bad_samples; or no row
-            is left.
+    `check` raises UserError for a sample that the stage cannot use. Raises UserError, naming the
+    file and the first unusable row, unless --skip_bad_samples; or if no row is left.
     """
     samples, faults = check_rows(config.data, config.data_root or None)
     num_rows = len(samples) + len(faults)
     usable = []
     for sample in samples:
-        if sample.data_type not in config.data_types:
-            continue
-        try:
-            require_no_vision_tokens(sample)
-            check(sample)
-            usable.append(sample)
-        except UserError as error:
-            faults.append(f"{config.data}, {error}")
+        if sample.data_type in config.data_types:
+            try:
+                require_no_vision_tokens(sample)
+                check(sample)
+                usable.append(sample)
+            except UserError as error:
+                faults.append(f"{config.data}, {error}")
     if faults and not config.skip_bad_samples:
         raise UserError(faults[0])
     if faults:
@@ -169,10 +164,7 @@ def check_rows(
 ) -> tuple[list[Sample], list[str]]:
     """load_samples, but with the rows that can be read, and a message for each that cannot.
 
-    Returns:
-        the samples in the file's order; the messages, lines that are not JSON before other rows.
-    Raises:
-        UserError: it is the whole file's fault; names the file.
+    The messages of lines that are not JSON come first. UserError: the whole file's fault.
     """
     path = Path(path)
     root = Path(data_root) if data_root else path.parent
@@ -185,9 +177,9 @@ def check_rows(
         require(rows or faults, f"{path} holds no rows")
         for number, row in rows.items():
             try:
-                samples.append(_check_row(row, number, f"{path}, row {number}", find_base))
+                samples.append(_check_row(row, number, find_base))
             except UserError as error:
-                faults.append(str(error))
+                faults.append(f"{path}, row {number}: {error}")
     finally:
         gc.enable()
     return samples, faults
@@ -210,7 +202,6 @@ def read_rows(path: Path) -> tuple[dict[int, object], list[str]]:
 
 
 def _read_text(path: str | Path, what: str) -> str:
-    """The text of a UTF-8 file; UserError, naming it, where it is none."""
     require(Path(path).is_file(), f"{what} {path} does not exist or is no file")
     try:
         return Path(path).read_text(encoding="utf-8-sig")
@@ -227,9 +218,9 @@ def _parse_json(text: str, where: str):
         raise UserError(f"{where} is not JSON: {error}") from None
 
 
-def _check_row(row: object, number: int, where: str, find_base) -> Sample:
+def _check_row(row: object, number: int, find_base) -> Sample:
     if not isinstance(row, dict):
-        raise UserError(f"{where}: expected an object, found {type(row).__name__}")
+        raise UserError(f"expected an object, found {type(row).__name__}")
     row = dict(row)
 
     def text(key: str, required: bool = True) -> str:
@@ -237,15 +228,15 @@ def _check_row(row: object, number: int, where: str, find_base) -> Sample:
         if value is None and not required:
             return ""
         if not isinstance(value, str) or (required and not value.strip()):
-            raise UserError(f"{where}: '{key}' must be a text that is not empty, found {value!r}")
-        return _check_text(value, f"{where}: '{key}'")
+            raise UserError(f"'{key}' must be a text that is not empty, found {value!r}")
+        return value
 
     def one_of(key: str, allowed: tuple[str, ...]) -> str:
         value = text(key)
         for name in allowed:
             if value.strip().lower() == name.lower():
                 return name
-        raise UserError(f"{where}: unknown {key} {value!r}; known are {', '.join(allowed)}")
+        raise UserError(f"unknown {key} {value!r}; known are {', '.join(allowed)}")
 
     relative = text("path")
     data_type = one_of("data_type", ("image", "video", "frame"))
@@ -254,51 +245,42 @@ def _check_row(row: object, number: int, where: str, find_base) -> Sample:
     options = row.pop("options", None)
     options = [] if options is None else options
     if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
-        raise UserError(f"{where}: 'options' must be a list of texts, found {options!r}")
-    for option in options:
-        _check_text(option, f"{where}: an option")
+        raise UserError(f"'options' must be a list of texts, found {options!r}")
     problem_id = row.pop("problem_id", number)
     if not isinstance(problem_id, int | str):
-        raise UserError(f"{where}: 'problem_id' must be a number or a text, found {problem_id!r}")
-    return Sample(
+        raise UserError(f"'problem_id' must be a number or a text, found {problem_id!r}")
+    sample = Sample(
         problem_id=problem_id,
         problem=text("problem"),
         data_type=data_type,
         problem_type=one_of("problem_type", PROBLEM_TYPES),
         options=tuple(options),
         solution=text("solution"),
-        path=_resolve(relative, find_base, where),
+        path=_resolve(relative, find_base),
         data_source=text("data_source", required=False),
         process=text("process", required=False),
         row=number,
         extra=row,
     )
-
-
-def _check_text(value: str, what: str) -> str:
-    """JSON may hold half a surrogate pair, which is no character and no tokenizer takes."""
-    try:
-        value.encode("utf-8")
+    try:  # JSON may hold half a surrogate pair, which is no character and no tokenizer takes
+        f"{sample.texts}\n{relative}\n{sample.data_source}".encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{what} is not valid Unicode: {error}") from None
-    return value
+        raise UserError(f"a text is not valid Unicode: {error}") from None
+    return sample
 
 
-def _resolve(relative: str, find_base, where: str) -> str:
+def _resolve(relative: str, find_base) -> str:
     """The path of a row's file, which stays below the data root. (Without pathlib, which would take
     half of the time that a file of 263,071 rows takes.)"""
     parts = [part for part in relative.split("/") if part not in ("", ".")]
     if relative.startswith("/") or ".." in parts or "\0" in relative:
-        raise UserError(f"{where}: 'path' must stay inside the data root, found {relative!r}")
+        raise UserError(f"'path' must stay inside the data root, found {relative!r}")
     return "/".join([find_base(parts[0] if parts else ""), *parts])
 
 
 def _find_base(root: Path, top: str) -> str:
-    """The folder that paths which begin with `top` are relative to.
-
-    It is the root. But rows of the official files begin with Evaluation/ or lie in Video-R1-data/,
-    and users give as the root that folder itself, or the one that holds it.
-    """
+    """The folder that paths which begin with `top` are relative to: the root, or where that holds
+    no `top`, its parent for a root `top` (Evaluation/), or Video-R1-data/ in it."""
     root = root.absolute()
     if not os.path.exists(root / top):  # False too for a name that is too long
         if root.name == top:
@@ -321,14 +303,12 @@ def load_template(path: str | None) -> str:
 
 
 def question_text(sample: Sample, template: str = TEMPLATE) -> str:
-    """The user's turn without the video or image: the template with every {question} and
-    {answer_format} replaced. Braces in a question are left as they are."""
+    """The user's turn without the video or image: the template, filled in a single pass."""
     question = sample.problem
     if sample.options:
-        question = "\n".join([sample.problem, "Options:", *sample.options])
-    answer_format = ANSWER_FORMATS[sample.problem_type]
-    parts = template.split("{question}")
-    return question.join(part.replace("{answer_format}", answer_format) for part in parts)
+        question = "\n".join([question, "Options:", *sample.options])
+    texts = {"{question}": question, "{answer_format}": ANSWER_FORMATS[sample.problem_type]}
+    return re.sub(r"{(question|answer_format)}", lambda match: texts[match[0]], template)
 
 
 def make_prompt(
@@ -347,16 +327,15 @@ def make_prompt(
 
     Args:
         frames: the pair that read_frames returns, or uint8 (F, H, W, 3) alone, two a second; None:
-            sample.path is read, within the limits.
+            sample.path is read, within the limits of submit_decode.
         order: "ordered"; "shuffled", one permutation drawn from `generator`; "reversed";
             "single", the middle frame in place of every frame. An image has no order.
-        limits: max_frames, min_pixels, max_pixels, image_max_pixels.
     Raises:
-        MediaError: the file cannot be used.
-        UserError: the question or the template holds a vision token of its own.
+        MediaError: the file cannot be used. UserError: the question or the template holds a vision
+            token of its own.
     """
     if frames is None:
-        frames = decode(sample, **limits)
+        frames = video.read_media(**_decode_job(sample, **limits))
     frames, seconds = frames if isinstance(frames, tuple) else (frames, 0.5)
     frames = torch.as_tensor(frames)
     if sample.is_video:
@@ -394,25 +373,22 @@ def make_prompt(
 def response_ids(sample: Sample, tokenizer) -> Tensor:
     """The assistant's turn of an SFT row: process, line break, solution, end token. int64 (T,).
 
-    Raises:
-        UserError: the row has no `process`, or holds a vision token: its probability is 0.
+    Raises UserError: the row has no `process`, or spells a vision token.
     """
     require_process(sample)
+    require_no_vision_tokens(sample)
     solution = sample.solution.strip()
     if "<answer>" not in solution:
         solution = f"<answer>{solution}</answer>"
-    text = f"{sample.process.strip()}\n{solution}"
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    vision = set(ids) & set(tokenizer.convert_tokens_to_ids(list(VISION_TOKENS)))
-    require(not vision, f"{sample.name}: its response holds {tokenizer.decode(sorted(vision))}")
+    ids = tokenizer(f"{sample.process.strip()}\n{solution}", add_special_tokens=False)["input_ids"]
     return torch.tensor([*ids, tokenizer.eos_token_id])
 
 
 def require_no_vision_tokens(sample: Sample) -> None:
     """Raise UserError, naming the row, if a text spells a vision token, which would become one."""
-    text = "\n".join((sample.problem, *sample.options, sample.process, sample.solution))
+    texts = sample.texts
     for token in VISION_TOKENS:
-        require(token not in text, f"{sample.name} holds the vision token {token} as text")
+        require(token not in texts, f"{sample.name} holds the vision token {token} as text")
 
 
 def require_process(sample: Sample) -> None:
@@ -421,8 +397,8 @@ def require_process(sample: Sample) -> None:
 
 
 def require_solution(sample: Sample) -> None:
-    """Raise UserError, naming the row, if no answer can ever match the solution: its reward would
-    always be 0, which looks like a model that fails."""
+    """Raise UserError, naming the row, if no answer can ever match the solution: always reward 0,
+    which looks like a model that fails."""
     try:
         check_solution(sample.solution, sample.problem_type)
     except ValueError as error:
@@ -433,13 +409,11 @@ def require_solution(sample: Sample) -> None:
 
 
 def read_frames(path, max_frames=16, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS):
-    """Decode a video as Qwen2.5-VL sees it: two frames a second, 4 to max_frames, an even number.
+    """Decode a video as Qwen2.5-VL sees it: (uint8 (F, H, W, 3), seconds between two frames).
 
-    Returns:
-        (uint8 (F, H, W, 3), seconds between two frames): frames round(linspace(0, total - 1, F)) by
-        index, H and W multiples of 28 with H * W in [min_pixels, max_pixels] where possible.
-    Raises:
-        MediaError: naming the file and the reason.
+    F is even, two frames a second within 4 to max_frames; frame k is round(linspace(0, total - 1,
+    F))[k]; H and W are multiples of 28, H * W in [min_pixels, max_pixels] where possible.
+    Raises MediaError.
     """
     limits = {"max_frames": max_frames, "min_pixels": min_pixels, "max_pixels": max_pixels}
     return video.read_frames(path, **limits, **VIDEO_RULE)
@@ -448,11 +422,6 @@ def read_frames(path, max_frames=16, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXEL
 def read_image(path, min_pixels=MIN_PIXELS, max_pixels=IMAGE_MAX_PIXELS) -> np.ndarray:
     """Decode an image as read_frames does a frame: uint8 (1, H, W, 3). Raises MediaError."""
     return video.read_image(path, min_pixels=min_pixels, max_pixels=max_pixels, **SIZE_RULE)
-
-
-def decode(sample: Sample, **limits: int) -> tuple[np.ndarray, float]:
-    """(uint8 (F, H, W, 3), seconds between frames) of a sample's file, in this process."""
-    return video.read_media(**_decode_job(sample, **limits))
 
 
 def submit_decode(pool: DecoderPool, sample: Sample, limits: dict[str, int]):
@@ -473,33 +442,29 @@ def _decode_job(
 
 
 def video_path(path: str) -> str:
-    """The video, or the same one in another container: the data sets hold .webm where rows say
-    .mp4. A path without either comes back as it is, for the error to name."""
-    if os.path.exists(path):
-        return path
-    others = (str(Path(path).with_suffix(suffix)) for suffix in VIDEO_SUFFIXES)
-    return next((other for other in others if os.path.exists(other)), path)
+    """The video, or the same one in another container: the data sets hold .webm for some .mp4."""
+    paths = [path, *(str(Path(path).with_suffix(suffix)) for suffix in VIDEO_SUFFIXES)]
+    return next((found for found in paths if os.path.exists(found)), path)
 
 
 def reorder_frames(frames: Tensor, order: str, generator: torch.Generator | None = None) -> Tensor:
-    """The frames (F, H, W, 3) in another order.
+    """The frames (F, H, W, 3) in another order; before they are paired into temporal patches.
 
     A shuffle is never the identity where there is more than one frame: the shuffled group exists
-    to be without the order. It happens before frames are paired into temporal patches.
+    to be without the order.
     """
     count = len(frames)
     if order == "ordered":
         return frames
-    if order == "shuffled":
-        places = torch.arange(count)
-        while count > 1 and torch.equal(places, torch.arange(count)):
-            places = torch.randperm(count, generator=generator)
-        return frames[places]
     if order == "reversed":
         return frames.flip(0)
     if order == "single":
         return frames[count // 2 : count // 2 + 1].expand(count, -1, -1, -1)
-    raise UserError(f"order must be one of {', '.join(ORDERS)}, not {order!r}")
+    require(order == "shuffled", f"order must be one of {', '.join(ORDERS)}, not {order!r}")
+    places = torch.arange(count)
+    while count > 1 and torch.equal(places, torch.arange(count)):
+        places = torch.randperm(count, generator=generator)
+    return frames[places]
 
 
 def patchify(frames, mean=CLIP_MEAN, std=CLIP_STD) -> tuple[Tensor, Tensor]:

@@ -4,11 +4,9 @@
     read_image    an image: uint8 (1, H, W, 3)
     DecoderPool   both, in processes that may crash or hang without harm to this one
 
-A file is decoded correctly or refused with a MediaError that names it and the reason. No torch is
-imported here, so a worker process starts in 0.1 s.
-
-decord silently returns wrong frames where it lost some (open_video), where its seeking is off
-(exact_seek), and of rotated or mirrored mp4 (open_video, mp4_layout).
+A file is decoded correctly or refused with a MediaError that names it and the reason. decord alone
+silently returns wrong frames where it lost some or seeks badly, and of rotated mp4 files.
+No torch is imported here: a worker process starts in 0.1 s.
 
 Shapes: F frames, H and W pixels. Times are in seconds, sizes in pixels.
 """
@@ -39,19 +37,17 @@ from PIL import Image, ImageOps
 
 from infra.errors import MediaError
 
-# What Pillow, decord and the parsers below raise for a damaged file.
+# What Pillow, decord and the parsers below raise for a damaged file. TypeError and AttributeError
+# would be mistakes of this file.
 DAMAGE = (
-    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError,
-    RuntimeError, StopIteration, SyntaxError, TypeError, ValueError, struct.error,
-    Image.DecompressionBombError, Image.DecompressionBombWarning,
+    ArithmeticError, EOFError, LookupError, MemoryError, OSError, RuntimeError, StopIteration,
+    SyntaxError, ValueError, struct.error, Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
 )  # fmt: skip
 
 
 def check_file(path):
-    """Refuse, before it is opened, anything but a regular file that is not empty.
-
-    Opening a FIFO or a device can block forever. Links are followed.
-    """
+    """Refuse all but a regular file that is not empty: to open a FIFO or a device can block."""
     try:
         info = os.stat(path)
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
@@ -71,15 +67,14 @@ def media_error(path, error):
     elif "-1381258232" in text:  # AVERROR_STREAM_NOT_FOUND
         text = "no video stream"
     elif type(error).__name__ in ("StopIteration", "DECORDLimitReachedError"):
-        text = "fewer frames than decord counts: some are lost, or hidden by an edit list"
+        text = "fewer frames than decord counts: some are lost, or cut out by an edit list"
     return MediaError(f"{path}: cannot be decoded: {text or type(error).__name__}")
 
 
 def smart_resize(height, width, min_pixels, max_pixels, factor):
-    """The size (h, w) in pixels to which an image is resized: transformers' rule for Qwen2-VL.
+    """The size (h, w) to which an image is resized: transformers' rule for Qwen2-VL.
 
-    Both sides are multiples of `factor`, h * w lies within [min_pixels, max_pixels] where that is
-    possible, and the aspect ratio is kept as nearly as possible.
+    Both are multiples of `factor`, h * w is within [min_pixels, max_pixels] where possible.
 
     >>> smart_resize(480, 640, 4 * 28 * 28, 128 * 28 * 28, factor=28)
     (252, 364)
@@ -115,42 +110,38 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "TGA
 
 
 def to_rgb(image):
-    """A loaded Pillow image of any mode to RGB: alpha over white, 16 bits scaled to 8.
-
-    Raises ValueError for numbers whose white is unknown (32-bit and float TIFF).
-    """
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no fixed white")
-    if image.mode.startswith("I"):  # Pillow's own conversion clips at 255
-        levels = np.asarray(image).astype(np.int64)
-        if levels.min() < 0 or levels.max() > 65535:
-            raise ValueError("32-bit pixels have no fixed white")
-        image = Image.fromarray(((levels * 255 + 32767) // 65535).astype(np.uint8))
+    """A loaded Pillow image of any mode to RGB: alpha over white, 16 bits scaled to 8."""
+    if image.mode in ("I", "F"):
+        raise ValueError("32-bit pixels have no fixed white")
+    if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
+        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-def read_image(path, *, min_pixels, max_pixels, factor, max_aspect):
-    """Decode an image, upright and in RGB; the first frame of an animation.
+def load_image(path):
+    """An image as Pillow reads it, upright."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)  # over 256 MiB in RGB
+        try:
+            with Image.open(path, formats=IMAGE_FORMATS) as image:
+                return ImageOps.exif_transpose(image)  # which loads the pixels
+        except TypeError as error:  # Pillow's, for some damaged headers
+            raise ValueError(str(error)) from error
 
-    Args:
-        min_pixels, max_pixels, factor: of the resized image, see smart_resize.
-        max_aspect: the long side over the short side at most.
-    Returns:
-        uint8 (1, H, W, 3)
-    Raises:
-        MediaError: no regular file, no image, truncated, too long and thin, or a bomb.
+
+def read_image(path, *, min_pixels, max_pixels, factor, max_aspect):
+    """Decode an image, upright and in RGB; the first frame of an animation: uint8 (1, H, W, 3).
+
+    The limits are smart_resize's, and the long side over the short side at most. Raises MediaError.
     """
     check_file(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)  # over 256 MiB in RGB
-            with Image.open(path, formats=IMAGE_FORMATS) as image:
-                image = to_rgb(ImageOps.exif_transpose(image))
-        return resize(image, min_pixels, max_pixels, factor, max_aspect)[None]  # (1, H, W, 3)
+        image = to_rgb(load_image(path))
+        return resize(image, min_pixels, max_pixels, factor, max_aspect)[None]
     except DAMAGE as error:
         raise media_error(path, error) from error
 
@@ -158,13 +149,12 @@ def read_image(path, *, min_pixels, max_pixels, factor, max_aspect):
 # ------------------------------------------------------------------------------------------ videos
 
 # How a video file begins. ffmpeg would also open playlists (HLS, ffconcat): text that names other
-# files, and so frames of a video that the row does not name. Of an MPEG transport stream decord
-# loses the first second.
+# files, and so frames of a video that the row does not name.
 CONTAINERS = {
     "mp4": rb"....(ftyp|moov|mdat|free|skip|wide|pnot)",
     "matroska": rb"\x1aE\xdf\xa3",
-    "riff": rb"RIFF....AVI ",
-    "other": rb"FLV|\x30\x26\xb2\x75|\0\0\x01[\xba\xb3]|OggS|GIF8|YUV4MPEG2|DKIF",
+    "avi": rb"RIFF....AVI ",
+    "y4m": rb"YUV4MPEG2",
 }
 # By the signs of a, b, c, d in an mp4 display matrix, which shows a pixel (x, y) at
 # (a x + c y, b x + d y): the counterclockwise quarter turns that do the same.
@@ -177,12 +167,13 @@ IDENTITY = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
 
 @dataclass(frozen=True)
 class Layout:
-    """What a file's headers say and decord does not."""
+    """What a file's headers say and decord does not. A patch is (offset in the file, bytes)."""
 
     turns: int = 0  # counterclockwise quarter turns that show a stored frame upright
-    matrix_at: int = 0  # where the mp4 display matrix starts, in bytes
-    pts: np.ndarray | None = None  # int64 (total,), mp4 presentation times in decoding order
-    in_order: bool = False  # frames are known to be displayed in decoding order
+    upright: tuple = ()  # patches that take the rotation away
+    unedited: tuple = ()  # patches that take the edit list away
+    pts: np.ndarray | None = None  # int64 (total,), presentation times in decoding order
+    in_order: bool = False  # frames are displayed in decoding order
 
 
 def boxes(data, path, start, end):
@@ -191,7 +182,6 @@ def boxes(data, path, start, end):
     An end may lie beyond `end` where the file is truncated or damaged.
     """
     wanted, _, rest = path.partition(b"/")
-    found = []
     while start + 8 <= end:
         size, kind = struct.unpack_from(">I4s", data, start)
         header = 8
@@ -201,12 +191,11 @@ def boxes(data, path, start, end):
             size = end - start
         if size < header:
             break
-        if kind == wanted:
-            found.append((start + header, start + size))
+        if kind == wanted and rest:
+            yield from boxes(data, rest, start + header, min(start + size, end))
+        elif kind == wanted:
+            yield start + header, start + size
         start += size
-    if not rest:
-        return found
-    return [deep for s, e in found for deep in boxes(data, rest, s, min(e, end))]
 
 
 def mp4_layout(data):
@@ -220,13 +209,15 @@ def mp4_layout(data):
         return Layout()
     if len(tracks) > 1:
         raise ValueError(f"{len(tracks)} video tracks")
-    header = boxes(data, b"tkhd", *tracks[0])[0][0]
+    header, _ = next(boxes(data, b"tkhd", *tracks[0]))
     matrix_at = header + (52 if data[header] == 1 else 40)  # version 1 has 64-bit times
     a, b, _, c, d = struct.unpack_from(">5i", data, matrix_at)
     signs = tuple(int(np.sign(value)) for value in (a, b, c, d))
     if signs not in TURNS:
         raise ValueError("mirrored, or rotated by an angle that is no multiple of 90 degrees")
-    return Layout(TURNS[signs], matrix_at, mp4_pts(data, tracks[0]))
+    upright = ((matrix_at, IDENTITY),) if TURNS[signs] else ()
+    unedited = tuple((start - 4, b"free") for start, _ in boxes(data, b"edts", *tracks[0]))
+    return Layout(TURNS[signs], upright, unedited, mp4_pts(data, tracks[0]))
 
 
 def mp4_pts(data, track):
@@ -238,12 +229,10 @@ def mp4_pts(data, track):
 
     def values(kind):  # of a table of rows (number of frames, value)
         for start, _ in boxes(data, b"mdia/minf/stbl/" + kind, *track):
-            num_rows = struct.unpack_from(">I", data, start + 4)[0]
-            content = data[start + 8:start + 8 + 8 * num_rows]
-            rows = np.frombuffer(content[:len(content) // 8 * 8], ">i4").reshape(-1, 2)
-            rows = rows.astype(np.int64)
+            (num_rows,) = struct.unpack_from(">I", data, start + 4)
+            rows = np.frombuffer(data, ">i4", 2 * num_rows, start + 8).reshape(-1, 2).astype(int)
             # A frame takes a byte at least: the count that a forged table claims costs no memory.
-            if len(rows) < num_rows or rows[:, 0].sum() > len(data):
+            if rows[:, 0].sum() > len(data):
                 raise ValueError(f"damaged {kind.decode()} box")
             return np.repeat(rows[:, 1], rows[:, 0])
 
@@ -255,17 +244,12 @@ def mp4_pts(data, track):
 
 def matroska_layout(data):
     """Layout of an mkv or webm file: truncation, and whether its codec reorders frames."""
-    def number(at):  # an EBML number: the leading zeros of its first byte say how long it is
-        length = 9 - data[at].bit_length()
-        bits = 7 * length
-        return int.from_bytes(data[at:at + length], "big") & ((1 << bits) - 1), bits, at + length
-
-    size, _, at = number(4)
-    segment = at + size
-    if data[segment:segment + 4] == b"\x18\x53\x80\x67":
-        size, bits, at = number(segment + 4)
-        if size != (1 << bits) - 1 and at + size > len(data):  # all ones: a live recording
-            raise ValueError(f"truncated at {len(data)} bytes")
+    at = data.find(b"\x18\x53\x80\x67", 0, 4096) + 4  # the size of the segment
+    length = 9 - data[at].bit_length()  # an EBML number: leading zeros say how long it is
+    unknown = (1 << 7 * length) - 1  # all ones: a live recording
+    size = int.from_bytes(data[at:at + length], "big") & unknown
+    if size != unknown and at + length + size > len(data):
+        raise ValueError(f"truncated at {len(data)} bytes")
     codecs = set(re.findall(rb"V_(VP8|VP9|AV1|[A-Z]{2})", data[:65536]))
     return Layout(in_order=bool(codecs) and codecs <= {b"VP8", b"VP9", b"AV1"})
 
@@ -276,31 +260,31 @@ def read_layout(path):
         kind = next((kind for kind, start in CONTAINERS.items()
                      if re.match(start, data, re.DOTALL)), None)
         if kind is None:
-            raise ValueError("not a video (mp4, mov, mkv, webm, avi, wmv, flv, mpg, ogv, gif, y4m)")
-        if kind == "riff" and struct.unpack_from("<I", data, 4)[0] > len(data):
+            raise ValueError("not a video (mp4, mov, mkv, webm, avi, y4m)")
+        if kind == "avi" and struct.unpack_from("<I", data, 4)[0] > len(data):
             raise ValueError(f"truncated at {len(data)} bytes")
         if kind == "mp4":
             return mp4_layout(data)
         return matroska_layout(data) if kind == "matroska" else Layout()
 
 
-def open_video(path, layout):
-    """A decord reader of the frames as they are stored, not rotated."""
+def open_video(path, patches):
+    """A decord reader of a file, or of a temporary copy with patches."""
     import decord
 
     decord.logging.set_level(decord.logging.QUIET)
     # fault_tol: decord replaces a frame that it lost by its neighbour; one is too many.
     options = {"ctx": decord.cpu(0), "num_threads": 1, "fault_tol": 1e-9}
-    if not layout.turns:
+    if not patches:
         # ffmpeg takes a bare "a:b" for a protocol, not so "/a:b".
         return decord.VideoReader(os.path.abspath(path), **options)
-    # decord2 3.4.0 returns garbage of four channels for a rotated video: it gets a copy that is
-    # not. Not from memory: decord crashes there.
+    # decord crashes where it reads from memory instead of a file.
     with open(path, "rb") as file, tempfile.TemporaryFile() as copy:
         shutil.copyfileobj(file, copy)
-        copy.seek(layout.matrix_at)
-        copy.write(IDENTITY)
-        copy.seek(0)
+        for offset, content in patches:
+            copy.seek(offset)
+            copy.write(content)
+        copy.flush()
         return decord.VideoReader(f"/dev/fd/{copy.fileno()}", **options)
 
 
@@ -314,7 +298,7 @@ def exact_seek(reader, layout):
         return True
     if layout.pts is None or len(layout.pts) != len(reader):
         return False
-    if reader.get_frame_timestamp([0])[0, 0] < 0:  # an edit list hides frames that decord counts
+    if reader.get_frame_timestamp([0])[0, 0] < 0:
         return False
     place = np.argsort(np.argsort(layout.pts, kind="stable"))
     keys = np.array(reader.get_key_indices(), np.int64)
@@ -327,9 +311,6 @@ def sample_indices(total, frame_rate, max_frames, fps, min_frames):
     n is the even number nearest below min(max(total / frame_rate * fps, min_frames), max_frames,
     total), or 1; the indices are round(linspace(0, total - 1, n)).
 
-    Args:
-        total, frame_rate: frames in the video, and a second of it on average.
-        max_frames, fps, min_frames: see read_frames.
     Returns:
         (list of n ascending indices, seconds between two of them)
 
@@ -345,41 +326,54 @@ def sample_indices(total, frame_rate, max_frames, fps, min_frames):
     return indices, total / (n * frame_rate)
 
 
+def decode_frames(reader, layout, max_frames, fps, min_frames, size):
+    """read_frames of an open file. size: the arguments of resize after the image."""
+    rate = reader.get_avg_fps()
+    indices, seconds = sample_indices(len(reader), rate, max_frames, fps, min_frames)
+    exact = exact_seek(reader, layout)
+    # Where seeking is not exact, everything up to the last sampled frame is decoded. Nor does
+    # decord skip frames exactly while it empties its decoder at the end of the file.
+    start = max(len(reader) - MAX_DELAY, 0) if exact else 0
+    frames = []
+    for index in sorted({*indices, *range(start, indices[-1] + 1)}):
+        frame = reader.get_batch([index]) if exact else reader.next()
+        if index in indices:
+            if frame.shape[-1] != 3:
+                raise ValueError(f"decord returns frames of shape {frame.shape}")
+            image = np.rot90(frame.asnumpy().reshape(frame.shape[-3:]), layout.turns)
+            frames.append(resize(Image.fromarray(np.ascontiguousarray(image)), *size))
+    return np.stack(frames), seconds  # (F, H, W, 3)
+
+
 def read_frames(path, *, max_frames, min_pixels, max_pixels, fps, min_frames, factor, max_aspect):
     """Decode uniformly spaced frames of a video, upright and in RGB; see sample_indices.
 
+    Frames that an mp4's edit list hides are counted, and decoded, where decord counts them.
+
     Args:
-        max_frames: 1 or more.
-        fps: sampled frames per second, as far as min_frames and max_frames allow.
+        max_frames: 1 or more. fps: sampled frames per second, where the bounds allow.
         min_pixels, max_pixels, factor, max_aspect: of one frame, see read_image.
     Returns:
         (uint8 (F, H, W, 3), seconds between two sampled frames)
     Raises:
-        MediaError: no regular file, no video, truncated, a codec or rotation that cannot be
-            decoded, or a lost frame.
+        MediaError: not decoded as a player shows it, or not at all.
     """
     import decord
 
     check_file(path)
-    frames = []
+    limits = max_frames, fps, min_frames, (min_pixels, max_pixels, factor, max_aspect)
     try:
         layout = read_layout(path)
-        reader = open_video(path, layout)
-        rate = reader.get_avg_fps()
-        indices, seconds = sample_indices(len(reader), rate, max_frames, fps, min_frames)
-        exact = exact_seek(reader, layout)
-        # Where seeking is not exact, everything up to the last sampled frame is decoded. Nor does
-        # decord skip frames exactly while it empties its decoder at the end of the file.
-        start = len(reader) - MAX_DELAY if exact else 0
-        for index in sorted({*indices, *range(max(start, 0), indices[-1] + 1)}):
-            frame = reader.get_batch([index]) if exact else reader.next()
-            if index in indices:
-                if frame.shape[-1] != 3:
-                    raise ValueError(f"decord returns frames of shape {frame.shape}")
-                image = frame.asnumpy().reshape(frame.shape[-3:])
-                image = Image.fromarray(np.ascontiguousarray(np.rot90(image, layout.turns)))
-                frames.append(resize(image, min_pixels, max_pixels, factor, max_aspect))
-        return np.stack(frames), seconds  # (F, H, W, 3)
+        reader = open_video(path, layout.upright)
+        try:
+            if layout.unedited and reader.get_frame_timestamp([0])[0, 0] < 0:
+                raise StopIteration  # the first frame is hidden
+            return decode_frames(reader, layout, *limits)
+        except (StopIteration, decord.DECORDLimitReachedError):
+            total, reader = len(reader), open_video(path, layout.upright + layout.unedited)
+            if not layout.unedited or len(reader) != total:
+                raise
+            return decode_frames(reader, layout, *limits)
     except (*DAMAGE, decord.DECORDError, decord.DECORDLimitReachedError) as error:
         raise media_error(path, error) from error
 
@@ -388,15 +382,12 @@ def read_frames(path, *, max_frames, min_pixels, max_pixels, fps, min_frames, fa
 
 
 def read_media(kind, path, **limits):
-    """(uint8 (F, H, W, 3), seconds between frames) of a "video" or an "image", whose seconds are 0.
-
-    limits: the keyword arguments of read_frames or read_image. Raises MediaError.
-    """
+    """read_frames of a "video"; (read_image, 0.0) of an "image"."""
     return read_frames(path, **limits) if kind == "video" else (read_image(path, **limits), 0.0)
 
 
 def worker_main(handle, parent):
-    """The worker process: answers requests until its parent closes the connection.
+    """A worker process: answers requests until its parent closes the connection.
 
     A request is [kind, path, limits] as JSON. A reply is JSON, {"fault"} or {"shape", "seconds"},
     and after the second the pixels.
@@ -443,7 +434,7 @@ def start_worker():
     return process, connection
 
 
-class DecoderPool:
+class DecoderPool(contextlib.AbstractContextManager):
     """Decodes files in worker processes, so that no file stops, hangs or kills this process.
 
     with DecoderPool(num_workers=2, timeout=60) as pool:
@@ -454,18 +445,15 @@ class DecoderPool:
     """
 
     def __init__(self, num_workers, timeout):
-        if num_workers < 1 or not 0 < timeout <= 1e6:
-            raise ValueError(f"a pool of {num_workers} workers with a timeout of {timeout} seconds")
         self.timeout = timeout
         self.threads = ThreadPoolExecutor(num_workers, "decoder")
         self.workers = {}  # (process, connection) of each thread
-        self.closed = False
 
     def submit(self, kind, path, **limits):
         """Decode one file: a Future of read_media(kind, path, **limits).
 
-        The Future raises MediaError for a file that is refused, crashed its process or took too
-        long, and RuntimeError if no process starts.
+        It raises MediaError for a file that is refused, crashed its process or took too long, and
+        RuntimeError if no process starts.
         """
         reader = {"video": read_frames, "image": read_image}[kind]
         inspect.signature(reader).bind(path, **limits)  # a caller's mistake is no file's fault
@@ -491,14 +479,12 @@ class DecoderPool:
             raise MediaError(f"{path}: the decoder crashed with exit code {code}") from None
 
     def _worker(self):
-        """The process of this thread, a new one if it is gone, and the connection to it.
+        """(process, connection) of this thread, new ones if the process is gone.
 
         Only that thread may start it: the kernel ends a worker together with the thread that
         started it (PR_SET_PDEATHSIG), not with the whole process.
         """
         thread = threading.get_ident()
-        if self.closed:
-            raise RuntimeError("the decoder pool is closed")
         if thread not in self.workers or self.workers[thread][0].poll() is not None:
             process, connection = self.workers[thread] = start_worker()
             with contextlib.suppress(EOFError, OSError):
@@ -510,7 +496,6 @@ class DecoderPool:
 
     def close(self):
         """End the processes; jobs that wait are cancelled, those that run fail."""
-        self.closed = True
         self.threads.shutdown(wait=False, cancel_futures=True)
         for process, _ in list(self.workers.values()):
             process.kill()
@@ -519,9 +504,6 @@ class DecoderPool:
             process.kill()
             process.wait()
             connection.close()
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *_):
         self.close()

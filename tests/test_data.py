@@ -8,17 +8,15 @@ import itertools
 import json
 from concurrent.futures import Future
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoTokenizer
 
 import data
+from infra.errors import MediaError, UserError
 
 SIDE = 56  # pixels: 4 x 4 patches, 2 x 2 after merging
 LIMITS = {"max_frames": 16, "min_pixels": 4 * 28 * 28, "max_pixels": 128 * 28 * 28,
@@ -96,29 +94,16 @@ def test_load_samples_reads_both_layouts(tmp_path, layout):
     assert not second.is_video
 
 
-def test_json_lines_may_have_blank_lines_and_dos_ends(tmp_path):
+def test_json_lines_may_have_blank_lines_dos_ends_and_separators_in_texts(tmp_path):
     file = tmp_path / "rows.jsonl"
-    file.write_bytes(f"\r\n{json.dumps(ROW)}\r\n\r\n{json.dumps(ROW)}\r\n".encode())
-    assert [sample.row for sample in data.load_samples(file)] == [0, 1]
+    row = json.dumps({**ROW, "problem": "a\u2028b\x85c"}, ensure_ascii=False)
+    file.write_bytes(f"\r\n{row}\r\n\r\n{row}\r\n".encode())
+    samples = data.load_samples(file)
+    assert [(sample.row, sample.problem) for sample in samples] == [
+        (0, "a\u2028b\x85c"), (1, "a\u2028b\x85c")]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("layout", "text"),
-    [
-        pytest.param("json", "a\u2028b\x85c", id="list, separators of lines"),
-        pytest.param("jsonl", "a\u2028b", id="lines, line separator"),
-        pytest.param("jsonl", "a\x85b", id="lines, next line"),
-        pytest.param("jsonl", "é\u00a0中😀", id="lines, letters"),
-    ],
-)
-def test_texts_that_are_not_escaped(tmp_path, layout, text):
-    row = json.dumps({**ROW, "problem": text}, ensure_ascii=False)
-    file = tmp_path / "rows"
-    file.write_text(f"[{row}]" if layout == "json" else f"{row}\n{row}", encoding="utf-8")
-    assert {sample.problem for sample in data.load_samples(file)} == {text}
-
-
-def test_a_clip_in_another_container_is_found(tmp_path):
+def test_a_video_in_another_container_is_found(tmp_path):
     named, there = str(tmp_path / "a.mp4"), tmp_path / "a.webm"
     assert data.video_path(named) == named
     there.touch()
@@ -130,11 +115,11 @@ def test_a_clip_in_another_container_is_found(tmp_path):
 @pytest.mark.parametrize(
     ("relative", "given", "found"),
     [
-        pytest.param("Evaluation/a.mp4", "", "Evaluation/a.mp4", id="holds"),
-        pytest.param("Evaluation/a.mp4", "Evaluation", "Evaluation/a.mp4", id="is"),
-        pytest.param("LLaVA/b.mp4", "", "Video-R1-data/LLaVA/b.mp4", id="holds-the-data-set"),
-        pytest.param("LLaVA/b.mp4", "Video-R1-data", "Video-R1-data/LLaVA/b.mp4", id="is-it"),
-        pytest.param("none/c.mp4", "", "none/c.mp4", id="nowhere"),
+        ("Evaluation/a.mp4", "", "Evaluation/a.mp4"),
+        ("Evaluation/a.mp4", "Evaluation", "Evaluation/a.mp4"),
+        ("LLaVA/b.mp4", "", "Video-R1-data/LLaVA/b.mp4"),
+        ("LLaVA/b.mp4", "Video-R1-data", "Video-R1-data/LLaVA/b.mp4"),
+        ("none/c.mp4", "", "none/c.mp4"),
     ],
 )
 def test_the_root_is_or_holds_the_official_folders(tmp_path, relative, given, found):
@@ -145,30 +130,12 @@ def test_the_root_is_or_holds_the_official_folders(tmp_path, relative, given, fo
     assert sample.path == str(tmp_path / found)
 
 
-def test_path_is_resolved_against_the_data_root(tmp_path):
-    file = write_rows(tmp_path, [ROW])
-    root = tmp_path / "media"
-    root.mkdir()
-    for given_root in (root, str(root)):
-        assert data.load_samples(file, given_root)[0].path == str(root / "LLaVA/ytb_1.mp4")
-    assert data.load_samples(str(file))[0].path == str(tmp_path / "LLaVA/ytb_1.mp4")
-
-
 def test_missing_data_root_is_named(tmp_path):
     with pytest.raises(ValueError, match="data root .*nowhere is not a folder"):
         data.load_samples(write_rows(tmp_path, [ROW]), tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        pytest.param(None, (), id="null"),
-        pytest.param([], (), id="empty"),
-        pytest.param(["A) yes", "B) no"], ("A) yes", "B) no"), id="A)"),
-        pytest.param(["A. yes", "B. no"], ("A. yes", "B. no"), id="A."),
-        pytest.param(["A. only"], ("A. only",), id="one option"),
-    ],
-)
+@pytest.mark.parametrize(("options", "expected"), [(None, ()), ([], ()), (["A) no"], ("A) no",))])
 def test_options(tmp_path, options, expected):
     assert load_one(tmp_path, options=options).options == expected
 
@@ -182,13 +149,7 @@ def test_missing_keys_that_may_be_missing(tmp_path):
 
 @pytest.mark.parametrize(
     ("written", "expected"),
-    [
-        pytest.param("Multiple Choice", "multiple choice", id="title"),
-        pytest.param("NUMERICAL", "numerical", id="upper"),
-        pytest.param("ocr", "OCR", id="lower"),
-        pytest.param("Free-form", "free-form", id="capital"),
-        pytest.param(" regression ", "regression", id="spaces"),
-    ],
+    [("Multiple Choice", "multiple choice"), ("ocr", "OCR"), (" regression ", "regression")],
 )
 def test_letter_case_of_problem_type(tmp_path, written, expected):
     assert load_one(tmp_path, problem_type=written).problem_type == expected
@@ -196,14 +157,9 @@ def test_letter_case_of_problem_type(tmp_path, written, expected):
 
 @pytest.mark.parametrize(
     ("data_type", "path", "expected"),
-    [
-        pytest.param("frame", "tvqa/a.mp4", "video", id="frame with a clip"),
-        pytest.param("frame", "tvqa/a.WEBM", "video", id="frame with a clip in capitals"),
-        pytest.param("frame", "tvqa/a.jpg", "image", id="frame with a picture"),
-        pytest.param("Video", "a.mp4", "video", id="letter case"),
-        pytest.param("image", "a.mp4", "image", id="the row decides, not the suffix"),
-    ],
-)
+    [("frame", "tvqa/a.mp4", "video"), ("frame", "tvqa/a.WEBM", "video"),
+     ("frame", "tvqa/a.jpg", "image"), ("Video", "a.mp4", "video"), ("image", "a.mp4", "image")],
+)  # fmt: skip
 def test_data_type(tmp_path, data_type, path, expected):
     assert load_one(tmp_path, data_type=data_type, path=path).data_type == expected
 
@@ -222,39 +178,24 @@ def test_extra_keys_are_kept(tmp_path):
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        pytest.param(without("solution"), "'solution' must be a text", id="no solution"),
-        pytest.param(without(solution=""), "'solution' must be a text", id="empty solution"),
-        pytest.param(without(solution=" \n"), "'solution' must be a text", id="blank solution"),
-        pytest.param(without(solution=3), "'solution' must be a text", id="solution a number"),
-        pytest.param(without("problem"), "'problem' must be a text", id="no problem"),
-        pytest.param(without(problem=["a"]), "'problem' must be a text", id="problem a list"),
-        pytest.param(without("path"), "'path' must be a text", id="no path"),
-        pytest.param(without(path=None), "'path' must be a text", id="path null"),
-        pytest.param(without("data_type"), "'data_type' must be a text", id="no data type"),
-        pytest.param(without(data_type="audio"), "unknown data_type 'audio'", id="data type"),
-        pytest.param(without("problem_type"), "'problem_type' must be", id="no problem type"),
-        pytest.param(without(problem_type="essay"), "unknown problem_type 'essay'",
-                     id="problem type"),
-        pytest.param(without(problem_type=1), "'problem_type' must be", id="problem type 1"),
-        pytest.param(without(options="A. left"), "'options' must be a list", id="options a text"),
-        pytest.param(without(options=["A", 2]), "'options' must be a list", id="option a number"),
-        pytest.param(without(options={"A": "left"}), "'options' must be a list",
-                     id="options an object"),
-        pytest.param(without(options=0), "'options' must be a list", id="options 0"),
-        pytest.param(without(problem="\ud800"), "not valid Unicode", id="half a character"),
-        pytest.param(without(options=["\ud800"]), "not valid Unicode", id="half in an option"),
-        pytest.param(without(problem_id=[1]), "'problem_id' must be", id="id a list"),
-        pytest.param(without(problem_id=1.5), "'problem_id' must be", id="id a fraction"),
-        pytest.param(without(process=5), "'process' must be", id="process a number"),
-        pytest.param(without(data_source=[]), "'data_source' must be", id="source a list"),
-        pytest.param(without(path="../a.mp4"), "must stay inside the data root", id="parent"),
-        pytest.param(without(path="a/../../b.mp4"), "must stay inside the data root",
-                     id="parent within"),
-        pytest.param(without(path="/etc/passwd"), "must stay inside the data root", id="absolute"),
-        pytest.param(without(path="a\0.mp4"), "must stay inside the data root", id="null byte"),
-        pytest.param("text", "expected an object, found str", id="a text for a row"),
-        pytest.param([ROW], "expected an object, found list", id="a list for a row"),
-        pytest.param(None, "expected an object, found NoneType", id="null for a row"),
+        (without("solution"), "'solution' must be a text"),
+        (without(solution=" \n"), "'solution' must be a text"),
+        (without(solution=3), "'solution' must be a text"),
+        (without("problem"), "'problem' must be a text"),
+        (without(path=None), "'path' must be a text"),
+        (without(data_type="audio"), "unknown data_type 'audio'"),
+        (without("problem_type"), "'problem_type' must be"),
+        (without(problem_type="essay"), "unknown problem_type 'essay'"),
+        (without(options="A. left"), "'options' must be a list"),
+        (without(options=["A", 2]), "'options' must be a list"),
+        (without(problem="\ud800"), "not valid Unicode"),
+        (without(options=["\ud800"]), "not valid Unicode"),
+        (without(problem_id=1.5), "'problem_id' must be"),
+        (without(process=5), "'process' must be"),
+        (without(path="a/../../b.mp4"), "must stay inside the data root"),
+        (without(path="/etc/passwd"), "must stay inside the data root"),
+        (without(path="a\0.mp4"), "must stay inside the data root"),
+        ([ROW], "expected an object, found list"),
     ],
 )  # fmt: skip
 def test_refused_row_is_named(tmp_path, layout, row, reason):
@@ -268,22 +209,14 @@ def test_refused_row_is_named(tmp_path, layout, row, reason):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        pytest.param(b"", "holds no rows", id="empty"),
         pytest.param(b" \n\n", "holds no rows", id="blank"),
         pytest.param(b"[]", "holds no rows", id="empty list"),
         pytest.param(b'[{"problem": "a"', "is not JSON", id="cut list"),
-        pytest.param(b'[{"problem": "a"},]', "is not JSON", id="comma"),
-        pytest.param(b'{"problem": "a"', "is not JSON", id="cut line"),
-        pytest.param(b"{}\n{}]", "is not JSON", id="bracket too many"),
-        pytest.param(b'{\n "problem": "a"\n}', "is not JSON",
-                     id="one object over several lines"),
-        pytest.param(b"[1, 2]\n[3]", "is not JSON", id="lists on lines"),
+        pytest.param(b'{\n "problem": "a"\n}', "row 0 is not JSON", id="object over lines"),
         pytest.param(b'[{"problem": "\xff"}]', "is not UTF-8", id="bytes"),
-        pytest.param(b'["a", "b"]', "row 0: expected an object, found str", id="list of texts"),
         pytest.param(b"1\n2\n", "row 0: expected an object, found int", id="lines of numbers"),
         pytest.param(b"[" * 100_000, "is not JSON", id="endless nesting"),
-        pytest.param(b'[{"problem_id": ' + b"1" * 5000 + b"}]", "is not JSON",
-                     id="number of 5000 digits"),
+        pytest.param(b'[{"problem_id": ' + b"1" * 5000 + b"}]", "is not JSON", id="5000 digits"),
     ],
 )  # fmt: skip
 def test_broken_file_is_named(tmp_path, content, reason):
@@ -300,7 +233,7 @@ def test_broken_json_line_names_its_row(tmp_path):
     file.write_text("\n".join([json.dumps(ROW)] * 3 + ['{"problem": ']))
     with pytest.raises(ValueError, match="rows.jsonl") as error:
         data.load_samples(file)
-    assert "row 3" in str(error.value) or "line 4" in str(error.value)
+    assert "row 3" in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["nowhere.json", "", "folder\0"])
@@ -309,46 +242,6 @@ def test_missing_file_is_named(tmp_path, name):
     with pytest.raises(ValueError, match="does not exist") as error:
         data.load_samples(path)
     assert str(path) in str(error.value)
-
-
-JSON_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
-    | st.sampled_from(["image", "video", "frame", "OCR", "..", "/", "a.mp4", "\0", "\ud800"]),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.text(max_size=4), inner, max_size=3),
-    max_leaves=5,
-)  # fmt: skip
-FIELDS = st.sampled_from([*ROW, "start", ""])
-
-
-@settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(
-    changes=st.dictionaries(FIELDS, JSON_VALUES, max_size=4),
-    dropped=st.sets(FIELDS, max_size=2),
-    layout=st.sampled_from(["json", "jsonl"]),
-)
-@example(changes={"options": [["A"]]}, dropped=set(), layout="json")
-@example(changes={"path": "\0"}, dropped=set(), layout="jsonl")
-def test_any_json_in_any_field_is_a_sample_or_a_named_row(tmp_path, changes, dropped, layout):
-    row = {key: value for key, value in {**ROW, **changes}.items() if key not in dropped}
-    file = write_rows(tmp_path, [ROW, row], layout)
-    try:
-        sample = data.load_samples(file)[1]
-    except ValueError as error:
-        assert str(error).startswith(f"{file}, row 1: ")
-        return
-    assert sample.row == 1
-    assert sample.data_type in ("image", "video")
-    assert sample.problem_type in data.PROBLEM_TYPES
-    assert all(isinstance(option, str) for option in sample.options)
-    assert sample.problem.strip()
-    assert sample.solution.strip()
-    assert isinstance(sample.process, str)
-    assert isinstance(sample.problem_id, int | str)
-    assert Path(sample.path).is_relative_to(tmp_path)
-    assert ".." not in Path(sample.path).relative_to(tmp_path).parts
 
 
 # ----------------------------------------------------------------------------------- the template
@@ -365,47 +258,28 @@ def test_own_template_asks_for_the_tags_and_has_a_line_per_type(problem_type):
 
 
 @pytest.mark.parametrize(
-    "problem",
-    [
-        pytest.param("What is {question}?", id="question"),
-        pytest.param("What is {answer_format}?", id="answer_format"),
-        pytest.param("f({x}) = {{y}} {0} {", id="others"),
-        pytest.param(r"\1 \g<0> %s $x", id="signs of replacement"),
-    ],
+    "problem", ["What is {question} {answer_format}?", "f({x}) = {{y}} {0} {", r"\1 \g<0> %s $x"]
 )
 def test_braces_in_a_question_are_left_as_they_are(problem):
     sample = make_sample(problem=problem, options=())
-    text = data.question_text(sample, "{answer_format} | {question} | {answer_format} {other}")
+    template = "{answer_format} | {question} | {answer_format} {other} {question}"
     line = data.ANSWER_FORMATS["multiple choice"]
-    assert text == f"{line} | {problem} | {line} {{other}}"
-
-
-def test_every_placeholder_of_a_template_is_replaced():
-    sample = make_sample(problem="Why {question}?", options=())
-    text = data.question_text(sample, "{question} | {answer_format} | {question}")
-    line = data.ANSWER_FORMATS["multiple choice"]
-    assert text == f"Why {{question}}? | {line} | Why {{question}}?"
-
-
-@pytest.mark.parametrize("path", [None, ""])
-def test_no_template_file_is_our_own(path):
-    assert data.load_template(path) == data.TEMPLATE
+    assert data.question_text(sample, template) == (
+        f"{line} | {problem} | {line} {{other}} {problem}")  # fmt: skip
 
 
 def test_template_file(tmp_path):
+    assert data.load_template("") == data.TEMPLATE
     file = tmp_path / "template.txt"
     file.write_text("问: {question}\n{ {braces} }\n\n", encoding="utf-8")
     template = data.load_template(str(file))
     assert template == "问: {question}\n{ {braces} }"
-    sample = make_sample(problem="Is {x} in {y}?", options=())
-    assert data.question_text(sample, template) == "问: Is {x} in {y}?\n{ {braces} }"
 
 
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
         pytest.param(b"Question: ", "does not hold {question}", id="no placeholder"),
-        pytest.param(b"", "does not hold {question}", id="empty"),
         pytest.param(None, "does not exist", id="missing"),
         pytest.param(b"{question}\xff", "template.txt", id="not UTF-8"),
     ],
@@ -428,7 +302,6 @@ def test_refused_template_file_is_named(tmp_path, content, reason):
     [
         pytest.param(4, 56, 56, (2, 4, 4), 8, id="four frames"),
         pytest.param(5, 28, 84, (3, 2, 6), 9, id="odd number of frames"),
-        pytest.param(1, 28, 28, (1, 2, 2), 1, id="one token"),
     ],
 )
 @pytest.mark.parametrize("kind", ["image", "video"])
@@ -458,19 +331,11 @@ def test_placeholders(tokenizer, kind, num_frames, height, width, grid, count):
     )
 
 
-@pytest.mark.parametrize(
-    ("seconds", "expected"),
-    [
-        pytest.param(0.5, 1.0, id="two a second"),
-        pytest.param(0.125, 0.25, id="below one second"),
-        pytest.param(3.75, 7.5, id="long clip"),
-        pytest.param(1 / 3, 2 / 3, id="no binary fraction"),
-    ],
-)
-def test_seconds_per_grid_are_not_rounded(tokenizer, seconds, expected):
+@pytest.mark.parametrize("seconds", [0.5, 0.125, 1 / 3])
+def test_seconds_per_grid_are_not_rounded(tokenizer, seconds):
     frames = noise(4)
-    pair = data.make_prompt(make_sample(), tokenizer, (frames, seconds))
-    assert pair.seconds_per_grid == expected
+    prompt = data.make_prompt(make_sample(), tokenizer, (frames, seconds))
+    assert prompt.seconds_per_grid == 2 * seconds
     image = data.make_prompt(make_image_sample(), tokenizer, (frames[:1], seconds))
     assert image.seconds_per_grid == 0
 
@@ -507,7 +372,7 @@ def test_frames_are_read_from_the_path_within_the_limits(tokenizer, toy_folder, 
 
 def test_missing_media_file_is_named(tokenizer, tmp_path):
     sample = make_sample(path=str(tmp_path / "nowhere.mp4"))
-    with pytest.raises(data.MediaError, match=r"nowhere\.mp4"):
+    with pytest.raises(MediaError, match=r"nowhere\.mp4"):
         data.make_prompt(sample, tokenizer)
 
 
@@ -515,31 +380,28 @@ def test_mean_and_std_reach_the_pixels(tokenizer):
     frames = noise(2)
     prompt = data.make_prompt(make_sample(), tokenizer, frames, mean=(0, 0, 0), std=(1, 1, 1))
     assert torch.equal(prompt.pixel_values, data.patchify(frames, (0, 0, 0), (1, 1, 1))[0])
-    assert prompt.pixel_values.min() >= 0
 
 
 @pytest.mark.parametrize("kind", ["image", "video"])
 @pytest.mark.parametrize("token", ["<|video_pad|>", "<|image_pad|>"])
-@pytest.mark.parametrize("place", ["problem", "options", "template"])
+@pytest.mark.parametrize("place", ["problem", "template"])
 def test_vision_token_in_the_text_is_refused(tokenizer, kind, token, place):
-    sample, template = make_sample(data_type=kind), data.TEMPLATE
+    problem, template = f"What is {token}?", "{question}"
     if place == "template":
-        template = f"{{question}} {token}"
-    else:
-        text = f"What is {token}?"
-        sample = replace(sample, **{place: text if place == "problem" else (text,)})
-    with pytest.raises(ValueError, match=r"row 41.*vision tokens"):
+        problem, template = "What?", f"{{question}} {token}"
+    sample = make_sample(data_type=kind, problem=problem)
+    with pytest.raises(ValueError, match=r"row 41.*vision token"):
         data.make_prompt(sample, tokenizer, noise(1), template=template)
 
 
 @pytest.mark.parametrize("order", ["ordered", "shuffled", "reversed", "single"])
 def test_order_is_noted_and_an_image_knows_none(tokenizer, order):
     frames = noise(4)
-    clip = data.make_prompt(make_sample(), tokenizer, frames, order, seeded(0))
-    assert clip.order == order
-    picture = data.make_prompt(make_image_sample(), tokenizer, frames[:1], order, seeded(0))
-    assert picture.order == "ordered"
-    assert torch.equal(picture.pixel_values, data.patchify(frames[:1])[0])
+    video = data.make_prompt(make_sample(), tokenizer, frames, order, seeded(0))
+    assert video.order == order
+    image = data.make_prompt(make_image_sample(), tokenizer, frames[:1], order, seeded(0))
+    assert image.order == "ordered"
+    assert torch.equal(image.pixel_values, data.patchify(frames[:1])[0])
 
 
 # ------------------------------------------------------------------------------------- responses
@@ -548,16 +410,10 @@ def test_order_is_noted_and_an_image_knows_none(tokenizer, order):
 @pytest.mark.parametrize(
     ("process", "solution", "expected"),
     [
-        pytest.param("<think>left</think>", "<answer>A</answer>",
-                     "<think>left</think>\n<answer>A</answer>", id="tags there"),
-        pytest.param("<think>left</think>", "A", "<think>left</think>\n<answer>A</answer>",
-                     id="tags added"),
-        pytest.param(" <think>left</think>\n\n", " A\n",
-                     "<think>left</think>\n<answer>A</answer>", id="stripped"),
-        pytest.param("<think>左 😀</think>", "左", "<think>左 😀</think>\n<answer>左</answer>",
-                     id="other scripts"),
+        ("<think>左 😀</think>", "<answer>A</answer>", "<think>左 😀</think>\n<answer>A</answer>"),
+        (" <think>left</think>\n\n", " A\n", "<think>left</think>\n<answer>A</answer>"),
     ],
-)  # fmt: skip
+)
 def test_response_is_the_assistants_turn_alone(tokenizer, process, solution, expected):
     sample = make_sample(process=process, solution=solution)
     ids = data.response_ids(sample, tokenizer)
@@ -569,17 +425,14 @@ def test_response_is_the_assistants_turn_alone(tokenizer, process, solution, exp
     assert ids[:-1].tolist() == tokenizer(expected, add_special_tokens=False)["input_ids"]
 
 
-@pytest.mark.parametrize("process", ["", " \n"])
-def test_row_without_process_is_named(tokenizer, process):
-    with pytest.raises(ValueError, match=r"row 41.* has no 'process'"):
-        data.response_ids(make_sample(process=process), tokenizer)
-
-
-@pytest.mark.parametrize("field", ["process", "solution"])
-def test_vision_token_in_a_response_is_refused(tokenizer, field):
-    sample = make_sample(**{field: "<think>a <|video_pad|> b</think>"})
-    with pytest.raises(ValueError, match="row 41"):
-        data.response_ids(sample, tokenizer)
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [({"process": " \n"}, "has no 'process'"), ({"process": "<|video_pad|>"}, "vision token"),
+     ({"solution": "<|image_pad|>"}, "vision token")],
+)  # fmt: skip
+def test_an_unusable_response_is_named(tokenizer, changes, reason):
+    with pytest.raises(UserError, match=f"row 41.*{reason}"):
+        data.response_ids(make_sample(**changes), tokenizer)
 
 
 # ------------------------------------------------------------------------------- orders of frames
@@ -600,14 +453,11 @@ def test_shuffle_is_decided_by_the_generator():
     def shuffled(generator):
         return tuple(data.reorder_frames(frames, "shuffled", generator).flatten().tolist())
 
-    assert shuffled(seeded(3)) == shuffled(seeded(3))
     torch.manual_seed(1)
     first = shuffled(seeded(3))
     torch.manual_seed(2)
     assert shuffled(seeded(3)) == first  # whatever the global generator does
     assert len({shuffled(seeded(seed)) for seed in range(20)}) > 15
-    generator = seeded(3)
-    assert shuffled(generator) != shuffled(generator)
 
 
 def test_shuffle_is_uniform_over_the_permutations_but_the_identity():
@@ -624,17 +474,11 @@ def test_shuffle_is_uniform_over_the_permutations_but_the_identity():
 @pytest.mark.parametrize(
     ("order", "count", "expected"),
     [
-        pytest.param("ordered", 5, [0, 1, 2, 3, 4], id="ordered"),
-        pytest.param("reversed", 5, [4, 3, 2, 1, 0], id="reversed"),
-        pytest.param("single", 5, [2, 2, 2, 2, 2], id="single of an odd number"),
-        pytest.param("single", 4, [2, 2, 2, 2], id="single of an even number"),
-        pytest.param("ordered", 1, [0], id="ordered, one frame"),
-        pytest.param("shuffled", 1, [0], id="shuffled, one frame"),
-        pytest.param("reversed", 1, [0], id="reversed, one frame"),
-        pytest.param("single", 1, [0], id="single, one frame"),
-        pytest.param("shuffled", 2, [1, 0], id="shuffled, two frames"),
+        ("ordered", 5, [0, 1, 2, 3, 4]), ("reversed", 5, [4, 3, 2, 1, 0]),
+        ("single", 5, [2, 2, 2, 2, 2]), ("single", 4, [2, 2, 2, 2]), ("shuffled", 1, [0]),
+        ("shuffled", 2, [1, 0]),
     ],
-)
+)  # fmt: skip
 def test_orders(order, count, expected):
     frames = torch.from_numpy(numbered(count))
     before = frames.clone()
@@ -662,14 +506,9 @@ def frames_of(prompt):
 
 @pytest.mark.parametrize(
     ("order", "count", "expected"),
-    [
-        pytest.param("ordered", 6, [0, 1, 2, 3, 4, 5], id="ordered"),
-        pytest.param("reversed", 6, [5, 4, 3, 2, 1, 0], id="reversed"),
-        pytest.param("single", 4, [2, 2, 2, 2], id="single"),
-        pytest.param("ordered", 3, [0, 1, 2, 2], id="odd, the last twice"),
-        pytest.param("reversed", 3, [2, 1, 0, 0], id="odd and reversed"),
-    ],
-)
+    [("reversed", 6, [5, 4, 3, 2, 1, 0]), ("single", 4, [2, 2, 2, 2]), ("ordered", 3, [0, 1, 2, 2]),
+     ("reversed", 3, [2, 1, 0, 0])],
+)  # fmt: skip
 def test_frames_are_reordered_before_they_are_paired(tokenizer, order, count, expected):
     prompt = data.make_prompt(make_sample(), tokenizer, numbered(count), order)
     assert frames_of(prompt) == expected
@@ -710,14 +549,7 @@ def slow_patchify(frames, mean, std):
 
 
 @pytest.mark.parametrize(
-    ("num_frames", "height", "width"),
-    [
-        pytest.param(1, 28, 28, id="one token"),
-        pytest.param(2, 28, 56, id="one pair"),
-        pytest.param(4, 84, 28, id="two pairs, upright"),
-        pytest.param(3, 56, 84, id="odd"),
-        pytest.param(5, 28, 28, id="odd, small"),
-    ],
+    ("num_frames", "height", "width"), [(1, 28, 28), (2, 28, 56), (4, 84, 28), (3, 56, 84)]
 )
 def test_patchify_is_the_slow_loop(num_frames, height, width):
     frames = noise(num_frames, height, width)
@@ -738,14 +570,7 @@ def test_patchify_wants_whole_tokens(height, width):
         data.patchify(noise(2, height, width))
 
 
-@pytest.mark.parametrize(
-    ("height", "width"),
-    [
-        pytest.param(56, 56, id="square"),
-        pytest.param(84, 140, id="wide"),
-        pytest.param(252, 112, id="upright"),
-    ],
-)
+@pytest.mark.parametrize(("height", "width"), [(56, 56), (84, 140), (252, 112)])
 def test_patchify_is_transformers_image_processor(height, width):
     from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as reference
 

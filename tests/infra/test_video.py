@@ -8,7 +8,6 @@ import doctest
 import fractions
 import importlib.metadata
 import json
-import math
 import os
 import random
 import signal
@@ -16,7 +15,6 @@ import struct
 import subprocess
 import sys
 import time
-import zlib
 from concurrent.futures import CancelledError
 from pathlib import Path
 
@@ -189,20 +187,14 @@ def test_indices_are_qwens(total, max_frames, rate):
     assert indices == official_indices(total, rate, max_frames)
 
 
-VARIABLE = {
-    "fast-then-slow": [20 * min(i, 30) + 200 * max(i - 30, 0) for i in range(60)],
-    "still-then-motion": [0, 3000, *range(3040, 5000, 40)],
-    "slides": [0, 5000, 5100, 9000, 9050, 9100],
-}
-
-
 @pytest.mark.parametrize("file", ["a.mp4", "a.mkv", "a.webm"])
-@pytest.mark.parametrize("name", VARIABLE)
-def test_a_variable_rate_is_sampled_by_index(tmp_path, name, file):
-    times = VARIABLE[name]
-    codec = {"codec": "libvpx-vp9", "options": {"deadline": "realtime", "cpu-used": "8"}}
-    path = write_video(tmp_path / file, drawings(len(times)), times=times,
-                       **(codec if file == "a.webm" else {"options": {"bf": "2"}}))  # fmt: skip
+@pytest.mark.parametrize(
+    "times", [[20 * min(i, 30) + 200 * max(i - 30, 0) for i in range(60)], [0, 5000, 5100, 9000]],
+    ids=["fast-then-slow", "slides"],
+)  # fmt: skip
+def test_a_variable_rate_is_sampled_by_index(tmp_path, times, file):
+    codec, options = ("libvpx-vp9", VPX) if file == "a.webm" else ("libx264", {"bf": "2"})
+    path = write_video(tmp_path / file, drawings(len(times)), codec, times=times, options=options)
     with av.open(str(path)) as opened:
         rate = float(opened.streams.video[0].average_rate)
     frames, seconds = read_frames(path)
@@ -217,36 +209,24 @@ VPX = {"deadline": "realtime", "cpu-used": "8", "g": "20"}
 DECODED = {
     # name: (file, frames, arguments of write_video)
     "h264-b-frames": ("a.mp4", 90, {"options": {"bf": "3", "g": "12"}}),
-    "h264-one-gop": ("a.mp4", 90, {"options": {"bf": "3", "g": "300"}}),
     "h264-open-gop": ("a.mp4", 90, {"options": {
         "x264-params": "open-gop=1:keyint=20:bframes=3"}}),
     "h264-fragmented": ("a.mp4", 90, {"options": {"g": "30", "bf": "2"}, "container": {
         "movflags": "frag_keyframe+empty_moov"}}),
-    "h264-faststart": ("a.mp4", 90, {"options": {"g": "30"}, "container": {
-        "movflags": "faststart"}}),
     "h264-negative-offsets": ("a.mp4", 90, {"options": {"bf": "3", "g": "12"}, "container": {
         "movflags": "negative_cts_offsets"}}),
     "h264-after-sound": ("a.mp4", 30, {"sound": 20}),
     "h264-mov": ("a.mov", 90, {"options": {"bf": "2", "g": "10"}}),
     "h264-mkv": ("a.mkv", 90, {"options": {"bf": "2", "g": "10"}}),
-    "h264-444": ("a.mp4", 60, {"pix_fmt": "yuv444p"}),
     "h264-10-bit": ("a.mp4", 60, {"pix_fmt": "yuv420p10le"}),
-    "h264-12-fps": ("a.mp4", 60, {"rate": 12}),
     "h264-29.97-fps": ("a.mp4", 90, {"rate": fractions.Fraction(30000, 1001)}),
     "hevc-open-gop": ("a.mp4", 90, {"codec": "libx265", "options": {
         "x265-params": X265 + ":keyint=20"}}),
-    "hevc-10-bit": ("a.mp4", 60, {"codec": "libx265", "pix_fmt": "yuv420p10le", "options": {
-        "x265-params": X265}}),
     "vp9-webm": ("a.webm", 90, {"codec": "libvpx-vp9", "options": VPX}),
     "vp8-webm": ("a.webm", 90, {"codec": "libvpx", "options": VPX}),
-    "mpeg4-avi": ("a.avi", 90, {"codec": "mpeg4", "options": {"g": "12"}}),
     "mpeg4-avi-b-frames": ("a.avi", 90, {"codec": "mpeg4", "options": {"g": "12", "bf": "2"}}),
-    "mpeg2-mpg": ("a.mpg", 90, {"codec": "mpeg2video", "options": {"g": "12", "bf": "2"}}),
-    "wmv": ("a.wmv", 90, {"codec": "wmv2", "options": {"g": "12"}}),
-    "flv": ("a.flv", 90, {"codec": "flv1", "options": {"g": "12"}}),
     "y4m": ("a.y4m", 20, {"codec": "wrapped_avframe", "rate": 10, "pix_fmt": "yuv444p"}),
     "one-frame": ("a.mp4", 1, {}),
-    "three-frames": ("a.mp4", 3, {}),
 }  # fmt: skip
 
 
@@ -265,7 +245,7 @@ def test_frames_are_the_ones_that_pyav_decodes(tmp_path, name, max_frames):
     assert seconds == pytest.approx(num / len(indices) / rate, rel=1e-9)
 
 
-@pytest.mark.parametrize("gop", [2, 3, 7, 11])
+@pytest.mark.parametrize("gop", [2, 7, 300])
 @pytest.mark.parametrize("b_frames", [0, 1, 4])
 @pytest.mark.parametrize("is_open", [0, 1], ids=["closed", "open"])
 def test_any_h264_group_of_pictures(tmp_path, gop, b_frames, is_open):
@@ -293,7 +273,7 @@ def test_a_frame_is_resized_as_pillow_does_within_the_limits(tmp_path):
     assert_frames(frames, reference, [0, 2, 5, 7])
 
 
-@pytest.mark.parametrize("name", ["a:b.mp4", "http:x.mp4", "frame%03d.mp4", "ünï 漢.mp4", "-i"])
+@pytest.mark.parametrize("name", ["a:b.mp4", "frame%03d.mp4", "ünï 漢.mp4", "-i"])
 def test_a_name_is_only_a_name_and_a_link_is_followed(tmp_path, monkeypatch, name):
     write_video(tmp_path / "plain.mp4", drawings(4))
     (tmp_path / name).symlink_to(tmp_path / "plain.mp4")
@@ -301,50 +281,78 @@ def test_a_name_is_only_a_name_and_a_link_is_followed(tmp_path, monkeypatch, nam
     assert read_frames(name)[0].shape == (4, HEIGHT, WIDTH, 3)
 
 
-@pytest.mark.parametrize("name", ["a.mp4", "a.gif"])
-def test_what_only_decord2_reads(tmp_path, monkeypatch, name):
+def test_av1_needs_decord2(tmp_path, monkeypatch):
     monkeypatch.setenv("SVT_LOG", "0")
-    codec, pix_fmt = ("av1", "yuv420p") if name == "a.mp4" else ("gif", "rgb8")
-    path = write_video(tmp_path / name, drawings(20), codec=codec, pix_fmt=pix_fmt, rate=10)
+    path = write_video(tmp_path / "a.mp4", drawings(20), codec="av1", rate=10)
     if DECORD2:
         assert_frames(read_frames(path)[0], pyav_frames(path), official_indices(20, 10))
         return
-    with pytest.raises(MediaError, match="no decoder for its codec" if codec == "av1" else name):
+    with pytest.raises(MediaError, match="no decoder for its codec"):
         read_frames(path)
 
 
 @pytest.mark.parametrize("b_frames", ["0", "3"])
 @pytest.mark.parametrize(
-    ("pieces", "shown"),
+    ("pieces", "counted"),  # counted by decord
     [
-        pytest.param([(0, 90)], range(90), id="all"),
         pytest.param([(None, 0), (0, 90)], range(90), id="delay"),
-        pytest.param([(7, 90)], None, id="starts off a key frame"),
+        pytest.param([(7, 90)], range(90), id="starts off a key frame"),
         pytest.param([(12, 90)], range(12, 90), id="starts on a key frame"),
+        pytest.param([(0, 89)], range(90), id="ends one frame early"),
         pytest.param([(0, 60)], None, id="ends early"),
-        pytest.param([(0, 89)], None, id="ends one frame early"),
         pytest.param([(0, 24), (48, 90)], None, id="gap"),
         pytest.param([(48, 90), (0, 48)], None, id="swapped"),
     ],
 )
-def test_an_edit_list(tmp_path, pieces, shown, b_frames):
-    """decord counts frames that an edit list hides, and does not return them."""
+def test_an_edit_list(tmp_path, pieces, counted, b_frames):
+    """Hidden frames are read where decord counts them; a file that lacks others is refused."""
     options = {"bf": b_frames, "g": "12", "sc_threshold": "0"}
     path = write_video(tmp_path / "a.mp4", drawings(90), options=options)
-    reference = pyav_frames(path)
+    reference = pyav_frames(path)  # every frame in display order
     with_edits(path, *pieces)
-    if shown:
-        indices = [shown[i] for i in official_indices(len(shown), 30)]
-        assert_frames(read_frames(path)[0], reference, indices)
-    else:
+    if counted is None:
         with pytest.raises(MediaError, match="edit list"):
             read_frames(path)
+        return
+    for max_frames in (16, 1):
+        indices = official_indices(len(counted), 30, max_frames)
+        frames, _ = read_frames(path, max_frames=max_frames)
+        assert_frames(frames, reference, [counted[i] for i in indices])
+
+
+@pytest.mark.parametrize("is_open", [0, 1], ids=["closed", "open"])
+def test_a_cut_without_encoding_is_read_whole(tmp_path, is_open):
+    """ffmpeg -ss -c copy: packets from the key frame on, an edit list that hides the first."""
+    whole = write_video(tmp_path / "whole.mp4", drawings(90), options={
+        "x264-params": f"open-gop={is_open}:keyint=20:bframes=3:scenecut=0"})  # fmt: skip
+    path = tmp_path / "a.mp4"
+    with av.open(str(whole)) as source, av.open(str(path), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        shift = 7 * 512  # frames of 1/15360 s
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.pts, packet.dts, packet.stream = (
+                    packet.pts - shift, packet.dts - shift, stream)  # fmt: skip
+                target.mux(packet)
+    assert len(pyav_frames(path)) == 83
+    frames, seconds = read_frames(path)
+    assert_frames(frames, pyav_frames(whole), official_indices(90, 30))
+    assert seconds == 0.5
+
+
+def test_only_a_file_that_hides_frames_or_is_rotated_is_copied(tmp_path, monkeypatch):
+    path = write_video(tmp_path / "a.mp4", drawings(30), options={"bf": "3"})
+    assert b"elst" in path.read_bytes()
+    monkeypatch.delattr(video.shutil, "copyfileobj")
+    assert len(read_frames(path)[0]) == 4
+    with pytest.raises(AttributeError, match="copyfileobj"):
+        read_frames(with_edits(path, (7, 30)))
 
 
 # ---------------------------------------------------------------------------------------- rotation
 
 TURNS = {  # a, b, c, d: a pixel (x, y) is shown at (a x + c y, b x + d y)
-    "90": (0, 1, -1, 0), "180": (-1, 0, 0, -1), "270": (0, -1, 1, 0), "0": (1, 0, 0, 1),
+    "90": (0, 1, -1, 0), "180": (-1, 0, 0, -1), "270": (0, -1, 1, 0),
 }  # fmt: skip
 
 
@@ -354,7 +362,7 @@ def turned_video(path, matrix, height=HEIGHT, width=WIDTH):
     return patch(path, b"tkhd", 40, struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30))
 
 
-@pytest.mark.parametrize("size", [(84, 140), (86, 150), (64, 64)], ids=str)
+@pytest.mark.parametrize("size", [(84, 140), (86, 150)], ids=str)
 @pytest.mark.parametrize("name", TURNS)
 def test_a_rotated_video_is_shown_upright(tmp_path, name, size):
     path = turned_video(tmp_path / "a.mp4", TURNS[name], *size)
@@ -372,9 +380,7 @@ def test_a_matrix_of_zeros_is_no_rotation(tmp_path):
     assert_frames(read_frames(path)[0], pyav_frames(path), [0, 4, 7, 11])
 
 
-@pytest.mark.parametrize(
-    "matrix", [(-1, 0, 0, 1), (1, 0, 0, -1), (0, 1, 1, 0), (0, -1, -1, 0), (0.7, 0.7, -0.7, 0.7)]
-)
+@pytest.mark.parametrize("matrix", [(-1, 0, 0, 1), (0, 1, 1, 0), (0.7, 0.7, -0.7, 0.7)])
 def test_a_mirrored_or_oblique_video_is_refused(tmp_path, matrix):
     path = turned_video(tmp_path / "a.mp4", matrix)
     with pytest.raises(MediaError, match="mirrored, or rotated by an angle"):
@@ -417,45 +423,30 @@ def two_tracks(path):
     return file(path, content)
 
 
-def short_table(path, kind):
+def short_table(path):
     """An mp4 whose timing table claims more rows than the file holds (its moov comes last)."""
     write_video(path, drawings(60), options={"bf": "3"})
     content = bytearray(path.read_bytes())
-    at = content.index(kind)
+    at = content.index(b"ctts")
     struct.pack_into(">I", content, at + 8, 1 << 30)
     return file(path, content)
 
 
 REFUSED = {  # name: (what makes it from a path, the reason)
     "missing": (lambda path: path, "No such file"),
-    "dangling-link": (lambda path: made(path.symlink_to, path.with_stem("b")) and path,
-                      "No such file"),
     "directory": (lambda path: made(os.mkdir, path), "not a regular file"),
     "fifo": (lambda path: made(os.mkfifo, path), "not a regular file"),
-    "device": (lambda path: Path("/dev/null"), "not a regular file"),
     "zero-bytes": (lambda path: file(path, b""), "empty"),
     "null-byte-in-the-name": (lambda path: "a\0b.mp4", "null"),
     "sound-only": (lambda path: write_video(path, [], sound=20), "no video stream"),
     "garbage": (lambda path: file(path, random.Random(1).randbytes(9000)), "not a video"),
-    "text": (lambda path: file(path, b"<html>404 Not Found</html>"), "not a video"),
-    "one-byte": (lambda path: file(path, b"x"), "not a video"),
     "hls-playlist": (lambda path: file(path, b"#EXTM3U\n#EXTINF:3,\npart.ts\n"), "not a video"),
-    "concat-script": (lambda path: file(path, b"ffconcat version 1.0\nfile a.mp4\n"),
-                      "not a video"),
-    "transport-stream": (lambda path: write_video(path.with_suffix(".ts"), drawings(60)),
-                         "not a video"),
+    "gif": (lambda path: saved(path.with_suffix(".gif"), IMAGE), "not a video"),
     "half-mp4": (half, "truncated"),
-    "half-mp4-faststart": (lambda path: half(path, container={"movflags": "faststart"}),
-                           "truncated"),
-    "half-mp4-fragmented": (lambda path: half(path, container={
-        "movflags": "frag_keyframe+empty_moov"}), "truncated"),
     "half-mkv": (lambda path: half(path.with_suffix(".mkv")), "truncated"),
-    "half-webm": (lambda path: half(path.with_suffix(".webm"), codec="libvpx", options=VPX),
-                  "truncated"),
     "half-avi": (lambda path: half(path.with_suffix(".avi"), codec="mpeg4"), "truncated"),
     "noise-in-the-middle": (noisy, "cannot be decoded"),
-    "stts-too-short": (lambda path: short_table(path, b"stts"), "damaged stts box"),
-    "ctts-too-short": (lambda path: short_table(path, b"ctts"), "damaged ctts box"),
+    "table-too-short": (short_table, "buffer is smaller"),
     "two-video-tracks": (two_tracks, "2 video tracks"),
     "long-and-thin": (lambda path: write_video(path, drawings(4, 22, 22 * 201), "mpeg4"),
                       "200 times"),
@@ -484,54 +475,32 @@ def scene(height=56, width=84):
                     -1).astype(np.uint8)  # fmt: skip
 
 
-def png(width, height, depth, color, rows):
-    """A PNG by hand, for what Pillow does not write: 16 bits a channel, forged sizes."""
-    def chunk(kind, content):
-        return (struct.pack(">I", len(content)) + kind + content
-                + struct.pack(">I", zlib.crc32(kind + content)))  # fmt: skip
-    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
-            + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))  # fmt: skip
-
-
 def over_white(colors, alpha):
     alpha = alpha[..., None].astype(float) / 255
     return colors * alpha + 255 * (1 - alpha)
 
 
 RGB, IMAGE = scene(), Image.fromarray(scene())
-GRAY = RGB[..., :1]
 ALPHA = np.tile(np.linspace(0, 255, 84).astype(np.uint8), (56, 1))
 WIDE = np.arange(56 * 84, dtype=np.uint16).reshape(56, 84) * 13  # 16 bits, up to 61139
 PALETTE = IMAGE.quantize(64)
 COLORS = np.array(PALETTE.convert("RGB"))
 HOLES = np.where((np.array(PALETTE) == 5)[..., None], 255, COLORS)
 OTHERS = {"save_all": True, "duration": 100, "append_images": [Image.fromarray(255 - RGB)]}
-DEEP = np.stack([WIDE, WIDE[::-1], WIDE[:, ::-1]], -1)
 IMAGES = {
     # name: (file, Pillow image, options of save, expected RGB, largest difference)
     "png": ("a.png", IMAGE, {}, RGB, 0),
     "jpeg": ("a.jpg", IMAGE, {"quality": 95, "subsampling": 0}, RGB, 6),
     "webp": ("a.webp", IMAGE, {"lossless": True}, RGB, 0),
-    "bmp": ("a.bmp", IMAGE, {}, RGB, 0),
-    "tiff-lzw": ("a.tif", IMAGE, {"compression": "tiff_lzw"}, RGB, 0),
-    "gray": ("a.png", Image.fromarray(GRAY[..., 0]), {}, GRAY, 0),
-    "one-bit": ("a.png", Image.fromarray(GRAY[..., 0] > 127), {}, np.where(GRAY > 127, 255, 0), 0),
+    "tiff": ("a.tif", IMAGE, {"compression": "tiff_lzw"}, RGB, 0),
+    "gray": ("a.png", Image.fromarray(RGB[..., 0]), {}, RGB[..., :1], 0),
     "alpha": ("a.png", Image.fromarray(np.dstack([RGB, ALPHA])), {}, over_white(RGB, ALPHA), 1),
-    "gray-alpha": ("a.png", Image.merge("LA", [Image.fromarray(GRAY[..., 0]),
-                                               Image.fromarray(ALPHA)]), {},
-                   over_white(GRAY, ALPHA), 1),
     "palette": ("a.png", PALETTE, {}, COLORS, 0),
     "palette-transparent": ("a.png", PALETTE, {"transparency": 5}, HOLES, 0),
-    "palette-partly-transparent": ("a.png", PALETTE, {"transparency": bytes(range(0, 192, 3))},
-                                   over_white(COLORS, np.array(PALETTE) * 3), 1),
     "gif-transparent": ("a.gif", PALETTE, {"transparency": 5}, HOLES, 0),
     "cmyk-jpeg": ("a.jpg", IMAGE.convert("CMYK"), {"quality": 98, "subsampling": 0}, RGB, 6),
-    "16-bit-png": ("a.png", Image.fromarray(WIDE), {}, (WIDE / 257)[..., None], 1),
-    "16-bit-tiff": ("a.tif", Image.fromarray(WIDE), {}, (WIDE / 257)[..., None], 1),
-    "animated-png": ("a.png", IMAGE, OTHERS, RGB, 0),
-    "animated-webp": ("a.webp", IMAGE, OTHERS | {"lossless": True}, RGB, 0),
-    "multi-page-tiff": ("a.tif", IMAGE, OTHERS, RGB, 0),
+    "16-bit": ("a.png", Image.fromarray(WIDE), {}, np.rint(WIDE / 257)[..., None], 0),
+    "animated": ("a.webp", IMAGE, OTHERS | {"lossless": True}, RGB, 0),
 }  # fmt: skip
 
 
@@ -542,35 +511,16 @@ def test_an_image_in_rgb(tmp_path, name):
     frames = read_image(tmp_path / file_name)
     assert frames.dtype == np.uint8
     assert frames.shape == (1, 56, 84, 3)
-    assert np.abs(frames[0] - np.broadcast_to(np.asarray(expected, float), RGB.shape)).max() <= (
-        difference
-    )
+    expected = np.broadcast_to(np.asarray(expected, float), RGB.shape)
+    assert np.abs(frames[0] - expected).max() <= difference
 
 
-def test_16_bits_a_channel(tmp_path):
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in DEEP)
-    path = file(tmp_path / "a.png", png(84, 56, 16, 2, rows))
-    assert np.abs(read_image(path)[0] - DEEP / 257).max() <= 1
-    levels = np.array([[0, 128, 129, 257, 32768, 65406, 65407, 65535]], np.uint16)
-    rgb = np.array(video.to_rgb(Image.fromarray(levels)))
-    assert rgb[0].tolist() == [[v] * 3 for v in (0, 0, 1, 1, 128, 254, 255, 255)]
-
-
-EXIF = {1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
-        5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a, -1),
-        7: lambda a: a[::-1, ::-1].swapaxes(0, 1), 8: lambda a: np.rot90(a)}  # fmt: skip
-
-
-@pytest.mark.parametrize("file_name", ["a.jpg", "a.png"])
-@pytest.mark.parametrize("orientation", EXIF)
-def test_exif_orientation_is_applied(tmp_path, orientation, file_name):
+def test_exif_orientation_is_applied(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = orientation
-    IMAGE.save(tmp_path / file_name, exif=exif, quality=95, subsampling=0)
-    expected = EXIF[orientation](RGB)
-    frames = read_image(tmp_path / file_name)
-    assert frames.shape == (1, *expected.shape)
-    assert np.abs(frames[0].astype(int) - expected).max() <= (6 if file_name == "a.jpg" else 0)
+    exif[0x0112] = 6
+    IMAGE.save(tmp_path / "a.jpg", exif=exif, quality=95, subsampling=0)
+    frames = read_image(tmp_path / "a.jpg")
+    assert np.abs(frames[0].astype(int) - np.rot90(RGB, -1)).max() <= 6
 
 
 def half_image(path, **options):
@@ -584,26 +534,13 @@ def saved(path, image):
     return path
 
 
-def huge_jpeg2000(path):
-    """A JPEG 2000 box that claims 2**60 bytes."""
-    saved(path.with_suffix(".jp2"), IMAGE)
-    content = path.with_suffix(".jp2").read_bytes()
-    box = struct.pack(">I4sQ", 1, b"jp2h", 1 << 60)
-    return file(path, content[:content.index(b"jp2h") - 4] + box + content)
-
-
 REFUSED_IMAGES = {
     "half-png": (half_image, "truncated|decod|broken"),
-    "half-gif": (lambda path: half_image(path.with_suffix(".gif")), "truncated|decod"),
-    "half-webp": (lambda path: half_image(path.with_suffix(".webp")), "truncated|decod"),
     "half-jpg": (lambda path: half_image(path.with_suffix(".jpg"), progressive=True), "truncated"),
-    "zero-bytes": (lambda path: file(path, b""), "empty"),
     "text": (lambda path: file(path, b"<html>404 Not Found</html>"), "cannot identify"),
     "postscript": (lambda path: file(path, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
                    "cannot identify"),
-    "bomb": (lambda path: file(path, png(20000, 20000, 8, 2, b"")), "bomb"),
-    "small-bomb": (lambda path: file(path, png(10000, 10000, 1, 0, bytes(10000 * 1251))), "bomb"),
-    "jpeg-2000-of-2**60-bytes": (huge_jpeg2000, "a.png: cannot be decoded"),
+    "bomb": (lambda path: saved(path, Image.new("1", (9500, 9500))), "bomb"),
     "20000x10": (lambda path: saved(path, Image.new("RGB", (20000, 10))), "over 200 times"),
     "32-bit": (lambda path: saved(path.with_suffix(".tif"), Image.fromarray(
         np.full((9, 9), 70000, np.int32))), "no fixed white"),
@@ -611,7 +548,6 @@ REFUSED_IMAGES = {
         np.full((9, 9), 0.5, np.float32))), "no fixed white"),
     "missing": (lambda path: path, "No such file"),
     "fifo": (lambda path: made(os.mkfifo, path), "not a regular file"),
-    "device": (lambda path: Path("/dev/zero"), "not a regular file"),
 }  # fmt: skip
 
 
@@ -740,9 +676,6 @@ def test_a_callers_mistake_is_no_files_fault(pool, clip):
         pool.submit("sound", clip)
     with pytest.raises(TypeError, match="no_such_limit"):
         submit(pool, clip, no_such_limit=1)
-    for num_workers, timeout in ((0, 1), (1, 0), (1, math.inf), (1, math.nan)):
-        with pytest.raises(ValueError, match="workers"):
-            video.DecoderPool(num_workers, timeout)
 
 
 def test_a_hung_decoder_is_killed_and_replaced(clip):
@@ -784,7 +717,7 @@ def test_damaged_files_never_break_the_pool(tmp_path, clip):
     """300 damaged headers: each is refused or decoded; a crash is a refusal."""
     generator = random.Random(0)
     sources = [(clip.read_bytes(), "video")]
-    for name, codec in (("a.webm", "libvpx"), ("a.avi", "mpeg4"), ("a.wmv", "wmv2")):
+    for name, codec in (("a.webm", "libvpx"), ("a.avi", "mpeg4")):
         path = write_video(tmp_path / name, drawings(8), codec=codec)
         sources.append((path.read_bytes(), "video"))
     for name in ("a.png", "a.jpg", "a.gif", "a.tif", "a.webp", "a.jp2"):
@@ -864,14 +797,6 @@ def test_a_program_that_forgets_to_close_ends_from_any_folder(clip, tmp_path):
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (7, b"(4, 84, 140, 3)\n")
-
-
-def test_noise_on_standard_output_does_not_reach_the_replies(tmp_path, monkeypatch):
-    (tmp_path / "decord.py").write_text("import os; os.write(1, b'noise'); print('more noise')")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    path = saved(tmp_path / "a.png", Image.new("RGB", (56, 56), "red"))
-    with video.DecoderPool(num_workers=1, timeout=20) as pool:
-        assert pool.submit("image", path, **SIZE).result(30)[0].shape == (1, 56, 56, 3)
 
 
 def test_a_worker_that_cannot_start_says_so(tmp_path, monkeypatch):
