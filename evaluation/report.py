@@ -130,7 +130,7 @@ def compare(a: str, b: str) -> None:
         gap = gaps(name, read_records(path_a), read_records(path_b))
         print_differences(f"{path_a} minus {path_b}", gap)
         for key, values in changed.items():
-            if key != "model_fingerprint":
+            if key not in ("model", "model_fingerprint"):
                 print("  they differ in {}: {!r:.60} and {!r:.60}".format(key, *values))
 
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import data
-from config import MediaConfig
 from data import Sample, load_samples, make_prompt
 from evaluation import answering
 from evaluation.answering import (
@@ -16,7 +15,6 @@ from evaluation.answering import (
     _decode_ahead,
     _dummy_prompt,
     answer,
-    any_decodes,
     fixed_batches,
     item_record,
     score_item,
@@ -231,7 +229,6 @@ def test_answers_and_what_cannot_be_used(model, tokenizer, samples, monkeypatch)
         if row in reasons:
             assert one.rollout is None
             assert reasons[row] in one.error
-            assert one.is_media_error == (row == 1)
         else:
             assert one.error is None
             assert len(one.rollout.texts) == 1
@@ -299,12 +296,6 @@ def test_one_decoder_reads_a_file_for_all_its_questions(model, tokenizer, sample
     assert len(submitted) == len(set(submitted)) == 3
 
 
-def test_whether_a_file_can_be_decoded_now(samples):
-    batches = [[samples[1]], [samples[0]]]  # of which the second is there
-    assert any_decodes(MediaConfig(), batches, {samples[0].row, samples[1].row})
-    assert not any_decodes(MediaConfig(), batches, {samples[1].row})
-
-
 # ---------------------------------------------------------------------------------------- records
 
 
@@ -321,14 +312,14 @@ def test_a_record_by_hand():
     text = "<think>So.</think><answer>9.5</answer>"
     assert item_record(Answer(sample, rollout_of(text)), "reversed") == {
         "row": 7, "problem_id": 7, "problem": "What?", "data_type": "video",
-        "problem_type": "regression", "options": [], "path": "/d/x.mp4", "data_source": "hand",
+        "problem_type": "regression", "options": (), "path": "/d/x.mp4", "data_source": "hand",
         "extra": {"original_question_type": "object_counting"}, "order": "reversed",
-        "solution": "<answer>10</answer>", "error": None, "is_media_error": False,
+        "solution": "<answer>10</answer>", "error": None, "file_size": None,
         "response": text, "answer": "9.5",
         "length": 3, "ended": True, "score": 1.0, "score_paper": 0.9,
     }  # fmt: skip
-    lost = item_record(Answer(sample, None, "gone", True), "reversed")
-    assert (lost["error"], lost["is_media_error"]) == ("gone", True)
+    lost = item_record(Answer(sample, None, "gone"), "reversed")
+    assert lost["error"] == "gone"
     for key in ("response", "answer", "length", "ended", "score", "score_paper"):
         assert lost[key] is None
 
@@ -387,7 +378,6 @@ def test_a_summary_by_hand(is_toy, num_counted, accuracy):
             "OCR": {"n": 1, "score": 0.25}, "multiple choice": {"n": 3, "score": 2 / 3},
             "numerical": {"n": 1, "score": 1.0}, "regression": {"n": 2, "score": 0.5},
         },
-        "unusable": [{"row": row, "problem_id": 7, "error": "gone"} for row in (8, 9)],
     }  # fmt: skip
 
 
