@@ -6,10 +6,8 @@ import dataclasses
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -27,7 +25,7 @@ from annotate import (
     tries_record,
 )
 from data import Sample, load_samples, require_no_vision_tokens, response_ids
-from evaluation import answering, results
+from evaluation import answering
 from evaluation.answering import Answer
 from infra.distributed import process_group
 from infra.errors import UserError
@@ -46,10 +44,7 @@ TOY_RUN = ROOT / "runs/toy"
     "tokens, length, expected",
     [
         pytest.param([1, 2, 3, 1, 2, 4], 2, 1 / 5, id="12-23-31-12-24"),
-        pytest.param([7, 7, 7, 7, 7], 2, 3 / 4, id="one-token-again-and-again"),
         pytest.param([1, 2, 3] * 4, 3, 7 / 10, id="a-loop-of-three"),
-        pytest.param([1, 2], 3, 0.0, id="shorter-than-a-run"),
-        pytest.param([], 2, 0.0, id="nothing"),
         pytest.param([*range(8), *range(8)], 8, 1 / 9, id="a-sentence-twice"),
     ],
 )
@@ -68,9 +63,7 @@ def made(text="<think>It goes up.</think>\n<answer>A</answer>", **changes):
     [
         pytest.param(made(), None, id="at-the-limits"),
         pytest.param(made("  <think>a</think> <answer>A</answer>\n"), None, id="space-around"),
-        pytest.param(made("<think>1 < 2 | 3 > 2</think><answer>A</answer>"), None, id="signs"),
         pytest.param(made("<think>a</think><answer>A"), "format", id="cut"),
-        pytest.param(made("<think>a</think><answer>A</answer>."), "format", id="words-after"),
         pytest.param(made("<think> \n</think><answer>A</answer>"), "format", id="blank-thought"),
         pytest.param(
             made("<think>a<|im_start|>b</think><answer>A</answer>"), "format", id="control-token"
@@ -79,7 +72,6 @@ def made(text="<think>It goes up.</think>\n<answer>A</answer>", **changes):
         pytest.param(made(length=9), "length", id="too-short"),
         pytest.param(made(length=51), "length", id="too-long"),
         pytest.param(made(repetition=0.301), "repetition", id="repeats-itself"),
-        pytest.param(made("no", accuracy=0, length=1, repetition=1), "format", id="all-four"),
         pytest.param(made(length=1, repetition=1), "length", id="length-before-repetition"),
     ],
 )
@@ -337,11 +329,6 @@ def test_the_cold_start_reads_what_is_written(config, teacher, rows_folder):
         assert tokenizer.decode(ids[:-1]) == target
 
 
-def test_nothing_that_passes_is_an_empty_list(config, teacher, capsys):
-    annotate_here(dataclasses.replace(config, min_length=40))
-    assert json.loads(Path(config.out).read_text()) == []
-
-
 # ------------------------------------------------------------------ kills, and what is there before
 
 
@@ -359,45 +346,6 @@ def test_an_annotation_that_is_killed_resumes(config, teacher, tmp_path):
     assert contents(config) == contents(elsewhere)
 
 
-@pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwrite"])
-@pytest.mark.parametrize("num_written", range(4))
-def test_killed_between_the_files_of_the_end(config, teacher, monkeypatch, num_written, overwrite):
-    """Tries, their summary, the report, --out: each is whole, and --out comes last."""
-    annotate_here(config)
-    expected = contents(config)
-    if overwrite:
-        annotate_here(dataclasses.replace(config, seed=1, overwrite=True))
-        config = dataclasses.replace(config, overwrite=True)
-    else:
-        shutil.rmtree(Path(config.out).parent)
-    left, replace = [num_written + 1], os.replace  # the partial folder's settings come first
-
-    def step(*arguments):
-        if not left[0]:
-            raise Killed
-        left[0] -= 1
-        replace(*arguments)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(results.os, "replace", step)
-        with pytest.raises(Killed):
-            annotate_here(config)
-    teacher.clear()
-    annotate_here(config)
-    assert contents(config) == expected
-    assert teacher == [], "the tries are all there"
-
-
-def test_a_finished_annotation_is_not_made_again(config, teacher, capsys):
-    annotate_here(config)
-    before = contents(config)
-    teacher.clear()
-    capsys.readouterr()
-    annotate_here(dataclasses.replace(config, num_workers=5))
-    assert "is finished" in capsys.readouterr().out
-    assert (teacher, contents(config)) == ([], before)
-
-
 @pytest.mark.parametrize(
     "changes, words",
     [
@@ -409,17 +357,6 @@ def test_a_finished_annotation_is_not_made_again(config, teacher, capsys):
 def test_what_other_settings_made_is_not_replaced(config, teacher, changes, words):
     annotate_here(config)
     assert_refused(dataclasses.replace(config, **changes), words)
-
-
-def test_unfinished_tries_of_other_settings_are_replaced_on_request_only(config, teacher):
-    teacher.stop_after = 2
-    with pytest.raises(Killed):
-        annotate_here(config)
-    assert_refused(dataclasses.replace(config, seed=1), "settings.json has results of seed 0")
-    teacher.clear()
-    teacher.stop_after = None
-    annotate_here(dataclasses.replace(config, seed=1, overwrite=True))
-    assert len(sum(teacher, [])) == 6
 
 
 def assert_refused(config, words):
@@ -451,20 +388,6 @@ def test_a_retrained_teacher_is_another_one(config, teacher, tmp_path):
     teacher.clear()
     annotate_here(dataclasses.replace(config, overwrite=True))
     assert len(sum(teacher, [])) == 6
-
-
-def test_rows_are_tried_again_once_their_files_are_there(config, teacher, rows_folder, tmp_path):
-    folder = tmp_path / "data"
-    shutil.copytree(rows_folder, folder)
-    mine = dataclasses.replace(config, data=str(folder / "rl.json"))
-    annotate_here(mine)
-    teacher.clear()
-    annotate_here(mine)
-    assert teacher == [], "the file is still missing"
-    shutil.copy(next((folder / "rl").glob("*.y4m")), folder / "rl/none.y4m")
-    annotate_here(mine)
-    assert MISSING in sum(teacher, [])
-    assert len(json.loads(Path(mine.out).read_text())) == 4
 
 
 def test_a_file_of_somebody_else_is_not_replaced(config, teacher):
@@ -499,11 +422,6 @@ def command(*argv):
         pytest.param("--model m --data d --out x/../d", "the same file", id="onto-the-data"),
         pytest.param("--model m --data d --out README.md/o", "--out README.md/o: ", id="no-place"),
         pytest.param("--model m --data none.json --out o", "none.json", id="no-data-file"),
-        pytest.param("--model m --data d --out o --num_samples 0", "--num_samples", id="no-tries"),
-        pytest.param("--model m --data d --out o --temperature 0", "--temperature", id="cold"),
-        pytest.param("--model m --data d --out o --temperature nan", "--temperature", id="nan"),
-        pytest.param("--model m --data d --out o --top_p 1.1", "--top_p", id="top-p"),
-        pytest.param("--model m --data d --out o --min_accuracy 2", "--min_acc", id="accuracy"),
         pytest.param("--model m --data d --out o --min_length 999", "--min_length", id="window"),
     ],
 )  # fmt: skip
@@ -515,15 +433,6 @@ def test_a_wrong_command_is_one_line(argv, words, base, rows_folder, monkeypatch
         command(*argv.split())
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_a_row_that_cannot_be_read_is_named_before_anything_is_asked(config, teacher, tmp_path):
-    rows = json.loads(Path(config.data).read_text())
-    rows[3]["problem_type"] = "essay"
-    (tmp_path / "bad.json").write_text(json.dumps(rows))
-    with pytest.raises(UserError, match="row 3: unknown problem_type"):
-        annotate_here(dataclasses.replace(config, data=str(tmp_path / "bad.json")))
-    assert not Path(config.out).parent.exists()
 
 
 def test_the_toy_without_a_trained_model(toy_folder, tmp_path, monkeypatch, capsys):
@@ -544,45 +453,6 @@ def launch(num_processes, script, *flags, cwd):
              num_processes, ROOT / script, *flags]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(list(map(str, start)), cwd=cwd, env=environment, start_new_session=True)
-
-
-@pytest.mark.slow
-def test_real_processes_sharded_weights_and_a_kill_give_the_same(toy_folder, tmp_path):
-    """The toy's random model, whose responses of 8 tokens never have the format."""
-    data = toy_folder / "runs/toy/data"
-    rows = json.loads((data / "rl.json").read_text())[:50]
-    (tmp_path / "rl").symlink_to(data / "rl")
-    (tmp_path / "rl.json").write_text(json.dumps(rows))
-    flags = ["--model", toy_folder / "runs/toy/base", "--data", "rl.json", "--max_frames", "8",
-             "--max_new_tokens", "8", "--batch_size", "4", "--num_samples", "2"]  # fmt: skip
-
-    def start(num_processes, name, *more):
-        out = f"{name}/cot.json"
-        return launch(num_processes, "annotate.py", *flags, "--out", out, *more, cwd=tmp_path)
-
-    def files(name):
-        return {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
-
-    assert start(2, "whole").wait(300) == 0
-    whole = files("whole")
-    records = [json.loads(line) for line in whole["cot.json.tries.jsonl"].splitlines()]
-    assert [record["row"] for record in records] == list(range(50))
-    assert all(1 <= one["length"] <= 8 for record in records for one in record["tries"])
-    assert len({one["text"] for record in records for one in record["tries"]}) > 50
-    report = json.loads(whole["cot.json.report.json"])
-    assert report["rows"]["all"]["format"] == 50
-
-    assert start(2, "sharded", "--sharded_generation", "true").wait(300) == 0
-    assert files("sharded") == whole
-
-    running = start(2, "killed")
-    while not any(b'"batch"' in part.read_bytes()
-                  for part in (tmp_path / "killed").rglob("rank*.jsonl")):  # fmt: skip
-        time.sleep(0.01)
-    os.killpg(running.pid, signal.SIGKILL)
-    assert running.wait() == -signal.SIGKILL, "it had come to its end"
-    assert start(1, "killed").wait(300) == 0
-    assert files("killed") == whole
 
 
 @pytest.mark.slow

@@ -213,14 +213,6 @@ def test_several_orders_and_the_gap_between_them(settings, asked, capsys):
     assert "eval_tiny: ordered minus reversed frames" in capsys.readouterr().out
 
 
-def test_a_gap_is_found_when_its_second_half_comes_later(settings, asked):
-    evaluate_here(settings)
-    evaluate_here(replace(settings, order="reversed", max_frames=4))  # not comparable
-    evaluate_here(replace(settings, order="single"))
-    gaps = [path.name for path in Path(settings.output_dir).rglob("*.gap.*")]
-    assert gaps == ["eval_tiny.gap.single.json"]
-
-
 # ------------------------------------------------------------------------------ finished results
 
 
@@ -234,17 +226,6 @@ def test_the_same_command_again_prints_what_is_there(settings, asked, capsys):
     printed = capsys.readouterr().out
     assert "is finished" in printed
     assert "eval_tiny, ordered frames: accuracy 50.0 over 4 items" in printed
-
-
-@pytest.mark.parametrize("change", [{"max_frames": 4}, {"batch_size": 2}], ids=str)
-def test_results_of_other_flags_are_replaced_on_request_only(settings, asked, change):
-    evaluate_here(settings)
-    asked.clear()
-    with pytest.raises(UserError, match=f"{list(change)[0]} .* and not"):
-        evaluate_here(replace(settings, **change))
-    assert asked == []
-    evaluate_here(replace(settings, **change, overwrite=True))
-    assert asked
 
 
 def changed_model(source: str | Path, folder: Path) -> str:
@@ -330,12 +311,6 @@ def command(*argv: str) -> None:
         sys.argv = before
 
 
-def command_line(config: EvalConfig, **changes: str) -> list[str]:
-    names = ("model", "data_root", "output_dir", "max_frames", "batch_size", "max_new_tokens")
-    values = {name: str(getattr(config, name)) for name in names} | {"data": config.data[0]}
-    return [word for name, value in (values | changes).items() for word in (f"--{name}", value)]
-
-
 @pytest.mark.parametrize("where", [".", "Evaluation"])
 def test_benchmarks_are_found_below_the_root(tmp_path, where):
     folder = tmp_path / where
@@ -357,7 +332,6 @@ def test_benchmarks_are_found_below_the_root(tmp_path, where):
     "argv, words",
     [
         pytest.param("--benchmarks mmvu --data_root .", "--benchmarks needs --model", id="model"),
-        pytest.param("--model m --benchmarks mmvu", "--data_root", id="no-root"),
         pytest.param("--model m --benchmarks gqa --data_root .", "'gqa'", id="unknown"),
         pytest.param("--model m --benchmarks mmvu --data x", "exclude", id="data-and-benchmarks"),
         pytest.param("--table a --compare b c", "exclude", id="two-modes"),
@@ -365,11 +339,8 @@ def test_benchmarks_are_found_below_the_root(tmp_path, where):
         pytest.param("--model m --video none.mp4 --question q", "--video none.mp4", id="no-video"),
         pytest.param("--model m --image . --question q", "--image .", id="folder-as-image"),
         pytest.param("--model m --video README.md", "--question", id="no-question"),
-        pytest.param("--model m --vidoe x", "--video?", id="misspelt"),
         pytest.param("--compare a", "two", id="one-to-compare"),
-        pytest.param("--compare a b", "a does not exist", id="nothing-to-compare"),
         pytest.param("--compare tests README.md", "no <benchmark>", id="no-results"),
-        pytest.param("--table none", "none", id="no-folder"),
         pytest.param("--table tests", "no summary", id="no-summaries"),
         pytest.param("--judge m", "results files", id="judge-alone"),
         pytest.param("--judge m none.jsonl", "none.jsonl", id="judge-nothing"),
@@ -377,15 +348,9 @@ def test_benchmarks_are_found_below_the_root(tmp_path, where):
         pytest.param("--model m --data d --preset paper-16 --max_frames 8", "exclude",
                      id="preset-and-frames"),
         pytest.param("--model m --data a/d b/d", "two files of one name", id="same-name"),
-        pytest.param("--model m --data d --top_p nan", "--top_p", id="nan"),
-        pytest.param("--model m --data d --decode_timeout inf", "--decode_timeout", id="inf"),
         pytest.param("--model m --benchmarks= --data_root .", "--benchmarks is empty", id="e1"),
-        pytest.param("--model m --video= --question q", "--video is empty", id="e2"),
         pytest.param("--table=", "--table is empty", id="e4"),
-        pytest.param("--judge=", "--judge is empty", id="e5"),
-        pytest.param("--model= --data d", "--model is empty", id="e6"),
         pytest.param("--model m --data d --order ordered,ordered", "--order", id="order-twice"),
-        pytest.param("--model m --data d --order=ordered,", "--order", id="empty-order"),
     ],
 )
 def test_a_wrong_command_is_one_line(argv, words, monkeypatch):
@@ -394,6 +359,16 @@ def test_a_wrong_command_is_one_line(argv, words, monkeypatch):
         command(*argv.split())
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_precision_is_part_of_the_provenance(settings, asked):
+    argv = ["--model", settings.model, "--data", settings.data[0], "--data_root",
+            settings.data_root, "--output_dir", settings.output_dir]  # fmt: skip
+    command(*argv, "--precision", "bf16")
+    _, _, summary = read_results(settings.output_dir)
+    assert summary["provenance"]["device"] == "cpu torch.bfloat16"
+    with pytest.raises(UserError, match="bfloat16' and not 'cpu torch.float32'"):
+        command(*argv, "--precision", "fp32")
 
 
 # ----------------------------------------------------------------------- what results are used for
@@ -438,21 +413,6 @@ def test_results_of_two_data_files_are_not_compared(two_models):
     file.write_text(file.read_text().replace('"data_sha256": "', '"data_sha256": "0'))
     with pytest.raises(UserError, match="two versions of the data file eval_tiny"):
         command("--compare", *two_models)
-
-
-def test_table_1_from_summaries(settings, asked, tmp_path, capsys):
-    data = tmp_path / "eval_mmvu.json"
-    shutil.copy(settings.data[0], data)
-    rows = json.loads(data.read_text())
-    data.write_text(json.dumps([row for row in rows if row["problem_type"] == "multiple choice"]))
-    evaluate_here(replace(settings, data=[str(data), settings.data[0]]))
-    capsys.readouterr()
-    command("--table", settings.output_dir)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("| Model | Frames | VSI-Bench |")
-    # Of the four questions the first and the last are right, the third cannot be shown.
-    assert lines[2] == f"| {settings.model} | 8 | - | - | 50.0\\* | - | - | - |"
-    assert "1 of 4 items are unusable" in lines[4]
 
 
 def test_one_video_and_one_image(settings, benchmark, asked, capsys, monkeypatch):

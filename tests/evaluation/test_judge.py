@@ -61,11 +61,6 @@ def test_text_prompts_equal_plain_decoding(base, tokenizer):
         assert torch.equal(found, ids[len(prompt.input_ids) :])
 
 
-def test_a_vision_token_in_a_text_is_refused(tokenizer):
-    with pytest.raises(ValueError, match="video_pad"):
-        text_prompt("What is <|video_pad|>?", tokenizer)
-
-
 # ---------------------------------------------------------------------------------------- verdicts
 
 
@@ -116,11 +111,6 @@ def test_the_share_by_hand():
         "n": 4, "grounded": 0.75, "num_items": 8, "temporal_questions": 5, "unparsed": 2,
     }  # fmt: skip
     assert low < 0.75 <= high
-
-
-def test_nothing_temporal_is_no_share():
-    summary = summarise_verdicts(verdicts((False, True, "a"), (None, None, "b")))
-    assert (summary["n"], summary["grounded"], summary["interval"]) == (0, None, None)
 
 
 # ----------------------------------------------------------------------------------- whole files

@@ -122,14 +122,6 @@ def test_killed_between_the_steps_of_the_end(tmp_path, world, whole, monkeypatch
     assert contents(tmp_path) == whole
 
 
-def test_finished_results_are_not_computed_again(tmp_path, world, whole, capsys):
-    run(tmp_path, world)
-    capsys.readouterr()
-    assert run(tmp_path, world) == []
-    assert "is finished" in capsys.readouterr().out
-    assert contents(tmp_path) == whole
-
-
 @pytest.mark.parametrize("stop_after", [None, 2], ids=["finished", "unfinished"])
 @pytest.mark.parametrize(
     "changes, words",
