@@ -7,54 +7,35 @@
 
 Each row is answered --num_samples times with the prompt of both training stages (App. C.1). The
 paper keeps what passes "basic rule-based filtering to remove low-quality or inconsistent outputs"
-and says no more. The rules here, in this order:
+and says no more; RULES are ours. The best try of a row is the one that gets furthest through them,
+then the one of higher correctness, then the first. A row whose best try breaks a rule is dropped.
 
-    format      <think>..</think><answer>..</answer>, a thought, no control token spelled out
-    accuracy    correctness reward of Section 3.1 at least --min_accuracy
-    length      --min_length to --max_length tokens, tags and end token included
-    repetition  at most --max_repetition of the runs of 8 tokens have occurred before
-
-The best try of a row is the one that gets furthest through the rules, so any that passes wins; then
-the one of higher correctness; then the first. (No preference in length: it would shift what the
-teacher says.) A row whose best try breaks a rule is dropped, and counted under that rule.
-
-Written is the row as it was, its own solution included, with the teacher's thought as `process`.
-The teacher's answer is not written: where it is not the solution in other words (OCR, free-form,
-regression) it is worse than the reference, and a model that learns it learns the error.
+Written is the row as it was, its own solution included, with the teacher's thought as `process`:
+where the teacher's answer is not the solution (OCR, free-form, regression) it is worse.
 
     <out>                    a JSON list, rows in the file's order: --data of train_sft.py
     <out>.report.json        how many rows were kept and dropped, by rule and by problem type
     <out>.tries.*            every try with what the rules ask of it, and how they were generated
 
-The same command resumes after a kill, on any number of ranks, and ends with the same files
-(results.py). With other rules, --overwrite true filters the same tries again.
+The same command resumes, on any number of ranks (results.py). With other rules, --overwrite true
+filters the same tries again.
 """
 
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import toy
-from config import MediaConfig
+from config import PRECISIONS, MediaConfig
 from data import load_samples, load_template, read_rows
-from evaluation.answering import (
-    PATIENCE,
-    Answer,
-    AnswerSettings,
-    answer,
-    any_decodes,
-    fixed_batches,
-    load_for_answers,
-    provenance,
-)
+from evaluation.answering import PATIENCE, Answer, fixed_batches, provenance, responder
 from evaluation.results import (
     Results,
-    file_sha256,
+    file_size,
     is_made_by,
-    library_versions,
     read_records,
     read_summary,
     write_json,
@@ -63,20 +44,24 @@ from evaluation.results import (
 from infra.distributed import World, log, main_does, process_group, run_main
 from infra.errors import UserError, require
 from infra.flags import flag, parse_config
-from infra.video import DecoderPool
-from model import load_normalisation, load_tokenizer
 from rewards import accuracy_reward, format_reward
 
 REAL_COMMAND = (
     "torchrun --nproc_per_node 8 annotate.py --model Qwen/Qwen2.5-VL-72B-Instruct --data "
     "Video-R1-data/Video-R1-260k.json --out Video-R1-data/COT.json --sharded_generation true"
 )
-RULES = ("format", "accuracy", "length", "repetition")
+RULES = {  # what a try must fulfil, in this order
+    "format": lambda attempt, config: is_well_formed(attempt["text"]),
+    "accuracy": lambda attempt, config: attempt["accuracy"] >= config.min_accuracy,
+    "length": lambda attempt, config: config.min_length <= attempt["length"] <= config.max_length,
+    "repetition": lambda attempt, config: attempt["repetition"] <= config.max_repetition,
+}
+OUTCOMES = ("kept", *RULES, "unusable")  # of a row
 RULE_FLAGS = ("min_accuracy", "min_length", "max_length", "max_repetition")
 # Flags that change no try: all others are part of its provenance.
 NOT_IN_TRIES = (
     *RULE_FLAGS, "model", "data", "out", "overwrite", "num_workers", "sharded_generation",
-    "prompt_template",
+    "prompt_template", "precision",
 )  # fmt: skip
 RUN_LENGTH = 8  # tokens of a run that may be repeated
 # Qwen's control tokens, <|im_start|>, <|image_pad|> and so on: as text they would become tokens.
@@ -98,6 +83,7 @@ class AnnotateConfig(MediaConfig):
     temperature: float = flag(1.0, "divides the logits", above=0)
     top_p: float = flag(1.0, "sample from the most likely tokens of this mass", above=0, high=1)
     seed: int = flag(0, "of the sampling", low=0)
+    precision: str = flag("", "fp32 or bf16; default: by device", choices=PRECISIONS)
     sharded_generation: bool = flag(False, "for a teacher that does not fit one GPU; slow")
     # Official code: one try, and a reward above 0.6.
     min_accuracy: float = flag(
@@ -139,18 +125,10 @@ def repeated_share(tokens: Sequence[int], length: int = RUN_LENGTH) -> float:
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
-def broken_rule(attempt: dict, config: AnnotateConfig) -> str | None:
-    """The first of RULES that a try of a tries_record breaks; None if it passes all."""
-    text = attempt["text"]
+def is_well_formed(text: str) -> bool:
+    """<think>..</think><answer>..</answer> with a thought, and no control token spelled out."""
     thought = thought_of(text).removeprefix("<think>").removesuffix("</think>")
-    well_formed = format_reward(text) and thought.strip() and not CONTROL_TOKEN.search(text)
-    passes = {
-        "format": bool(well_formed),
-        "accuracy": attempt["accuracy"] >= config.min_accuracy,
-        "length": config.min_length <= attempt["length"] <= config.max_length,
-        "repetition": attempt["repetition"] <= config.max_repetition,
-    }
-    return next((rule for rule in RULES if not passes[rule]), None)
+    return bool(format_reward(text) and thought.strip() and not CONTROL_TOKEN.search(text))
 
 
 def thought_of(response: str) -> str:
@@ -158,9 +136,13 @@ def thought_of(response: str) -> str:
     return response.strip().partition("</think>")[0] + "</think>"
 
 
+def broken_rule(attempt: dict, config: AnnotateConfig) -> str | None:
+    """The first of RULES that a try of a tries_record breaks; None if it passes all."""
+    return next((name for name, passes in RULES.items() if not passes(attempt, config)), None)
+
+
 def best_try(tries: list[dict], config: AnnotateConfig) -> tuple[dict, str | None]:
-    """The try that gets furthest through the rules, then the one of highest correctness, then the
-    first; and the rule that it breaks, None if it passes."""
+    """The best try of a row, and the rule that it breaks; None if it passes."""
     judged = [(attempt, broken_rule(attempt, config)) for attempt in tries]
     places = [*RULES, None]
     return max(judged, key=lambda pair: (places.index(pair[1]), pair[0]["accuracy"]))
@@ -169,35 +151,25 @@ def best_try(tries: list[dict], config: AnnotateConfig) -> tuple[dict, str | Non
 def filter_tries(
     rows: dict[int, dict], records: list[dict], config: AnnotateConfig
 ) -> tuple[list[dict], dict]:
-    """The annotated rows in the file's order, and what became of all rows.
+    """The annotated rows in the file's order, and how many rows had each of OUTCOMES.
 
     Args:
         rows: the data file's, by number. records: a tries_record for each, sorted by row.
     Returns:
-        the rows to learn from; the counts of tally, "by_type" with the same for each problem type,
-        and "unusable_rows".
+        the rows to learn from; {"all" or a problem type: {"rows" or an outcome: number}}.
     """
-    kept, unusable, outcomes = [], [], {}
+    kept, counts = [], {}
     for record in records:
         outcome = "unusable"
-        if record["error"] is None:
+        if record["tries"]:
             attempt, broken = best_try(record["tries"], config)
             outcome = broken or "kept"
             if not broken:
                 kept.append({**rows[record["row"]], "process": thought_of(attempt["text"])})
-        else:
-            unusable.append({key: record[key] for key in ("row", "problem_id", "error")})
-        outcomes.setdefault(record["problem_type"], []).append(outcome)
-    report = tally([outcome for those in outcomes.values() for outcome in those])
-    report["by_type"] = {kind: tally(outcomes[kind]) for kind in sorted(outcomes)}
-    return kept, {**report, "unusable_rows": unusable}
-
-
-def tally(outcomes: list[str]) -> dict:
-    """How many rows there were, were kept, were dropped by each rule, and could not be used."""
-    dropped = {rule: outcomes.count(rule) for rule in RULES}
-    return {"rows": len(outcomes), "kept": outcomes.count("kept"), "dropped": dropped,
-            "unusable": outcomes.count("unusable")}  # fmt: skip
+        for kind in ("all", record["problem_type"]):
+            counts.setdefault(kind, Counter()).update(("rows", outcome))
+    return kept, {kind: {name: found[name] for name in ("rows", *OUTCOMES)}
+                  for kind, found in counts.items()}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------ generation
@@ -205,43 +177,22 @@ def tally(outcomes: list[str]) -> dict:
 
 def tries_record(found: Answer) -> dict:
     """All tries of a row with what the rules ask of them; none if the row cannot be used."""
-    sample, rollout = found.sample, found.rollout
-    record = {
-        "row": sample.row, "problem_id": sample.problem_id, "problem_type": sample.problem_type,
-        "error": found.error, "is_media_error": found.is_media_error, "tries": [],
-    }  # fmt: skip
+    sample, rollout, tries = found.sample, found.rollout, []
     if rollout is not None:
-        columns = rollout.texts, rollout.completion_ids, rollout.completion_mask, rollout.ended
-        record["tries"] = [
+        columns = rollout.texts, rollout.completion_ids, rollout.completion_mask
+        tries = [
             {
-                "text": text, "length": int(mask.sum()), "ended": bool(ended),
+                "text": text, "length": int(mask.sum()),
                 "accuracy": accuracy_reward(text, sample.solution, sample.problem_type),
                 "repetition": repeated_share(ids[mask].tolist()),
             }
-            for text, ids, mask, ended in zip(*columns, strict=True)
+            for text, ids, mask in zip(*columns, strict=True)
         ]  # fmt: skip
-    return record
-
-
-def generate(tries: Results, template: str, config: AnnotateConfig) -> None:
-    """Answer the batches that are not done, this rank its share, and finish the file of tries."""
-    tokenizer = load_tokenizer(config.model)
-    settings = AnswerSettings(
-        limits=config.limits(), num_samples=config.num_samples, temperature=config.temperature,
-        prompt_options={"template": template, **load_normalisation(config.model)},
-        max_new_tokens=config.max_new_tokens, top_p=config.top_p, seed=config.seed,
-    )  # fmt: skip
-    model = load_for_answers(config.model, tries.world, config.sharded_generation)
-    with DecoderPool(config.num_workers, config.decode_timeout) as pool:
-        tries.run(
-            lambda batches: (
-                (number, [tries_record(found) for found in answers])
-                for number, answers in answer(model, tokenizer, batches, pool, settings)
-            ),
-            lambda records: {"model": config.model, "data": config.data,
-                             "versions": library_versions()},
-            in_step=config.sharded_generation, unit="row",
-        )  # fmt: skip
+    return {
+        "row": sample.row, "problem_id": sample.problem_id, "problem_type": sample.problem_type,
+        "path": sample.path, "file_size": file_size(sample.path), "error": found.error,
+        "tries": tries,
+    }  # fmt: skip
 
 
 def annotate(config: AnnotateConfig, world: World) -> None:
@@ -252,18 +203,24 @@ def annotate(config: AnnotateConfig, world: World) -> None:
     """
     samples = load_samples(config.data, config.data_root or None)
     template = load_template(config.prompt_template)
-    made_by = provenance(config, NOT_IN_TRIES, world, template)
-    made_by["data_sha256"] = file_sha256(config.data)
+    made_by = provenance(config, NOT_IN_TRIES, world, template, config.data)
     rules = {name: value for name, value in asdict(config).items() if name in RULE_FLAGS}
     out = Path(config.out)
     main_does(world, lambda: make_room(out, made_by | rules, config.overwrite))
     batches = fixed_batches(samples, config.batch_size)
     tries = Results(
-        out.parent, f"{out.name}.tries", made_by, world, batches, overwrite=config.overwrite,
-        retry=partial(any_decodes, config, batches),
-    )  # fmt: skip
+        out.parent, f"{out.name}.tries", made_by, world, batches, overwrite=config.overwrite
+    )
     if not tries.finished:
-        generate(tries, template, config)
+        with responder(config, world, template) as answers:
+            tries.run(
+                lambda batches: (
+                    (number, [tries_record(found) for found in batch])
+                    for number, batch in answers(batches, num_samples=config.num_samples)
+                ),
+                lambda records: {"model": config.model, "data": config.data},
+                in_step=config.sharded_generation,
+            )
     if world.is_main:
         write(out, tries, made_by | rules, config)
         print_report(config, read_summary(report_file(out)))
@@ -293,29 +250,25 @@ def write(out: Path, tries: Results, made_by: dict, config: AnnotateConfig) -> N
     rows, _ = read_rows(Path(config.data))
     kept, report = filter_tries(rows, read_records(tries.records_file), config)
     about = read_summary(tries.summary_file) | {"provenance": made_by}
-    write_json(report_file(out), {**report, **about})
+    write_json(report_file(out), {"rows": report, **about})
     write_whole(out, json.dumps(kept, indent=1) + "\n")
 
 
 def print_report(config: AnnotateConfig, report: dict) -> None:
     """The counts as a table, and how to train on what was written."""
-    columns = ("rows", "kept", *RULES, "unusable")
+    columns = ("rows", *OUTCOMES)
     log(f"\n{config.out}: rows kept, and dropped by the rule that the best try breaks\n")
     log(f"{'':15}{''.join(f'{name:>11}' for name in columns)}")
-    for kind, part in {**report["by_type"], "all": report}.items():
-        cells = [{**part, **part["dropped"]}[name] for name in columns]
-        log(f"{kind:15}{''.join(f'{cell:11}' for cell in cells)}")
-    root = Path(config.data_root) if config.data_root else Path(config.data).parent
-    is_elsewhere = root.resolve() != Path(config.out).parent.resolve()
-    where = f" --data_root {root}" if is_elsewhere else ""
-    use = f"to train on it: train_sft.py --data {config.out}{where}"
-    log(f"\n{use if report['kept'] else 'no row was kept: there is nothing to train on'}")
+    for kind, counts in report["rows"].items():
+        log(f"{kind:15}{''.join(f'{counts[name]:11}' for name in columns)}")
+    root = config.data_root or Path(config.data).parent
+    log(f"\nto train on it: train_sft.py --data {config.out} --data_root {root}")
 
 
 def main() -> None:
     config, is_toy = parse_config(AnnotateConfig, TOY_DEFAULTS, REAL_COMMAND)
     config.check()
-    with process_group(PATIENCE) as world:
+    with process_group(PATIENCE, precision=config.precision, cpu_fallback=is_toy) as world:
         if is_toy:
             log(f"the embedded toy (neither --model nor --data given); a real run: {REAL_COMMAND}")
             main_does(world, toy.ensure_toy)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from infra import video
 from infra.distributed import log
+from infra.errors import MediaError as MediaError  # read_frames raises it
 from infra.errors import UserError, require
 from infra.video import DecoderPool
 from rewards import check_solution

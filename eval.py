@@ -17,58 +17,43 @@ number of ranks, and tries items again whose media have become usable (results.p
 """
 
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import toy
-from config import MediaConfig
-from data import ORDERS, Sample, load_samples, load_template, make_prompt, submit_decode
+from config import PRECISIONS, MediaConfig
+from data import ORDERS, Sample, load_samples, load_template
 from evaluation.answering import (
     PATIENCE,
-    AnswerSettings,
-    answer,
-    any_decodes,
     fixed_batches,
     item_record,
-    load_for_answers,
     provenance,
+    responder,
     summarise,
 )
 from evaluation.judge import judge
 from evaluation.report import compare, print_summary, print_table, write_gaps
-from evaluation.results import (
-    Results,
-    file_sha256,
-    library_versions,
-    model_path,
-    read_summary,
-    write_json,
-)
+from evaluation.results import Results, read_summary
 from evaluation.scores import BENCHMARKS, score_benchmark
 from infra.distributed import World, log, main_does, process_group, run_main
 from infra.errors import UserError, require
 from infra.flags import flag, parse_config
-from infra.video import DecoderPool
-from model import load_normalisation, load_tokenizer, require_room
 from rewards import extract_answer
-from sampling import sample_groups
 
 REAL_COMMAND = (
     "torchrun --nproc_per_node 8 eval.py --model runs/rl/model "
     "--data Evaluation/eval_mvbench.json --max_frames 32"
 )
 NAMES = tuple(name for name in BENCHMARKS if name != "generic")
-PRESETS = {  # Section 4.1
-    f"paper-{frames}": {"max_frames": frames, "max_pixels": 256 * 28 * 28, "temperature": 0.01,
-                        "top_p": 0.001}
-    for frames in (16, 32, 64)
-}  # fmt: skip
+# Section 4.1, with pixels, temperature and top_p, which are the defaults.
+PRESETS = {"paper-16": 16, "paper-32": 32, "paper-64": 64}
 MODES = ("compare", "table", "judge", "video", "image")  # what is done instead of an evaluation
 # Flags that change no record: everything else is part of the provenance of results.
 NOT_IN_RECORDS = (
     *MODES, "model", "data", "benchmarks", "output_dir", "preset", "num_workers", "overwrite",
-    "sharded_generation", "prompt_template", "question", "options",
+    "sharded_generation", "prompt_template", "question", "options", "precision",
 )  # fmt: skip
 
 
@@ -82,7 +67,7 @@ class EvalConfig(MediaConfig):
     data_root: str = flag("", "what the rows' paths are relative to; default: each file's folder")
     output_dir: str = flag("runs/eval", "where the results go")
     overwrite: bool = flag(False, "replace results that other settings made")
-    preset: str = flag("", "settings of the paper (Sec. 4.1)", choices=("", *PRESETS))
+    preset: str = flag("", "the paper's frames (Sec. 4.1)", choices=("", *PRESETS))
     order: str = flag("ordered", f"order of the frames, or several: {','.join(ORDERS)}")
     max_pixels: int = flag(256 * 28 * 28, "pixels of a video frame at most (Sec. 4.1)")
     batch_size: int = flag(8, "items that are generated together, per rank", low=1)
@@ -92,6 +77,7 @@ class EvalConfig(MediaConfig):
         0.001, "sample from the most likely tokens of this mass (Sec. 4.1)", above=0, high=1
     )
     seed: int = flag(0, "of the shuffles and of the sampling", low=0)
+    precision: str = flag("", "fp32 or bf16; default: by device", choices=PRECISIONS)
     sharded_generation: bool = flag(False, "for a model that does not fit one GPU; slow")
     compare: list[str] = flag([], "two results files or folders: the paired difference A - B")
     table: list[str] = flag([], "folders with summaries: Table 1 in Markdown")
@@ -131,30 +117,22 @@ def parse_command(argv: list[str]) -> tuple[EvalConfig, bool]:
         UserError: naming the flag.
     """
     given = {word[2:].split("=")[0] for word in argv if word.startswith("--")}
-    modes = [name for name in MODES if name in given]
-    require(len(modes) <= 1, f"--{' and --'.join(modes)} exclude each other")
-    if not (modes or "benchmarks" in given):
-        config, is_toy = parse_config(EvalConfig, TOY_DEFAULTS, REAL_COMMAND, argv)
-    else:  # parse_config takes --model with --data, or neither; here other flags name the input
-        name = [*modes, "benchmarks"][0]
-        require("data" not in given, f"--data and --{name} exclude each other")
-        needs_model = name in ("benchmarks", "video", "image")
-        require("model" in given or not needs_model, f"--{name} needs --model")
-        missing = {"model", "data"} - given
-        argv = [*argv, *(word for name in missing for word in (f"--{name}", "-"))]
-        config, is_toy = parse_config(EvalConfig, {}, REAL_COMMAND, argv)
-        config.data = []
-    for name in given & {*MODES, "model", "data", "benchmarks", "output_dir", "question"}:
+    inputs = [name for name in (*MODES, "benchmarks", "data") if name in given]
+    require(len(inputs) <= 1, f"--{' and --'.join(inputs)} exclude each other")
+    names_its_input = bool(inputs) and inputs != ["data"]
+    if names_its_input:  # parse_config takes --model with --data, or neither
+        needs_model = inputs[0] in ("benchmarks", "video", "image")
+        require("model" in given or not needs_model, f"--{inputs[0]} needs --model")
+        argv = [*argv, *(f"--{name}=-" for name in ("model", "data") if name not in given)]
+    config, is_toy = parse_config(EvalConfig, TOY_DEFAULTS, REAL_COMMAND, argv)
+    for name in {*inputs, "model"} & given:
         value = getattr(config, name)
         require(all([value] if isinstance(value, str) else value), f"--{name} is empty")
-    if config.benchmarks:
-        config.data = find_benchmarks(config)
-    for name, value in PRESETS.get(config.preset, {}).items():
-        if name not in given:
-            setattr(config, name, value)
-        elif getattr(config, name) != value:
-            log(f"--{name} {getattr(config, name)} wins over the {value} of --preset "
-                f"{config.preset}")  # fmt: skip
+    if names_its_input:
+        config.data = find_benchmarks(config) if config.benchmarks else []
+    if config.preset:
+        require("max_frames" not in given, "--preset and --max_frames exclude each other")
+        config.max_frames = PRESETS.get(config.preset, config.max_frames)
     config.check()
     return config, is_toy
 
@@ -181,32 +159,26 @@ def evaluate(config: EvalConfig, world: World, is_toy: bool) -> list[dict]:
     # Everything that can be wrong with flags and files shows before the first item.
     samples = {path: load_samples(path, config.data_root or None) for path in config.data}
     template = load_template(config.prompt_template)
-    made_by = provenance(config, NOT_IN_RECORDS, world, template)
-    folder = results_folder(config)
-    known = {"path": model_path(config.model), "fingerprint": made_by["model_fingerprint"]}
-    main_does(world, lambda: check_model(folder / "model.json", known))
-    orders, results = config.order.split(","), {}
+    name = config.model.strip("./").replace("/", "--")
+    folder = Path(config.output_dir) / (name or Path(config.model).resolve().name)
+    orders, jobs = config.order.split(","), {}
     for path in config.data:
+        made_by = provenance(config, NOT_IN_RECORDS, world, template, path)
         batches = fixed_batches(samples[path], config.batch_size)
         for order in orders:
-            results[path, order] = Results(
-                folder, f"{Path(path).stem}.{order}",
-                made_by | {"order": order, "data_sha256": file_sha256(path)}, world, batches,
-                {"model_fingerprint"}, config.overwrite, partial(any_decodes, config, batches),
+            jobs[path, order] = Results(
+                folder, f"{Path(path).stem}.{order}", made_by | {"order": order}, world, batches,
+                {"model_fingerprint"}, config.overwrite,
             )  # fmt: skip
-    if not all(result.finished for result in results.values()):
-        tokenizer = load_tokenizer(config.model)
-        prompt_options = {"template": template, **load_normalisation(config.model)}
-        model = load_for_answers(config.model, world, config.sharded_generation)
-        main_does(world, lambda: write_model(folder / "model.json", known))
     summaries = []
-    with DecoderPool(config.num_workers, config.decode_timeout) as pool:
-        for (path, order), result in results.items():
-            if not result.finished:
+    has_work = not all(results.finished for results in jobs.values())
+    with responder(config, world, template) if has_work else nullcontext() as answers:
+        for (path, order), results in jobs.items():
+            if not results.finished:
                 here = replace(config, order=order)
-                compute(result, model, tokenizer, pool, prompt_options, here, is_toy)
+                compute(results, answers, here, partial(summary_of, here, path, is_toy))
             if world.is_main:
-                summaries.append(read_summary(result.summary_file))
+                summaries.append(read_summary(results.summary_file))
                 if not is_toy:
                     print_summary(summaries[-1])
                 if order == orders[-1]:
@@ -214,94 +186,23 @@ def evaluate(config: EvalConfig, world: World, is_toy: bool) -> list[dict]:
     return summaries
 
 
-def results_folder(config: EvalConfig) -> Path:
-    """<output_dir>/<model>, the model's slashes as hyphens."""
-    name = config.model.strip("./").replace("/", "--")
-    return Path(config.output_dir) / (name or Path(config.model).resolve().name)
-
-
-def check_model(file: Path, known: dict[str, str]) -> None:
-    """Raise UserError if a folder's model.json names another model than the one that is known by
-    its path and fingerprint: its name may read the same, as ./m and ../m do."""
-    found = read_summary(file)
-    if found is None:
-        return
-    require(found.keys() >= known.keys(), f"{file} does not say whose results these are")
-    require(any(found[key] == known[key] for key in known), f"{file.parent} has results of another "
-            f"model than {known['path']}, {found['path']}: name another --output_dir")  # fmt: skip
-
-
-def write_model(file: Path, known: dict[str, str]) -> None:
-    """Note whose results a folder holds; a copy of that model leaves the note as it is."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if (read_summary(file) or known)["path"] == known["path"]:
-            write_json(file, known)
-    except OSError as error:
-        raise UserError(f"--output_dir {file.parent.parent}: {error.strerror}") from None
-
-
-def compute(
-    result: Results, model, tokenizer, pool: DecoderPool, prompt_options: dict, config: EvalConfig,
-    is_toy: bool,
-) -> None:  # fmt: skip
-    """Answer the items of one benchmark in one order, this rank its share."""
-    benchmark = result.name.rpartition(".")[0]
-    settings = AnswerSettings(
-        limits=config.limits(), prompt_options=prompt_options, order=config.order,
-        max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_p=config.top_p,
-        seed=config.seed,
-    )  # fmt: skip
-    result.run(
+def compute(results: Results, answers, config: EvalConfig, summarise_items) -> None:
+    """Answer and score the items of one data file in one order, this rank its share."""
+    results.run(
         lambda batches: (
-            (number, [item_record(found, config.order) for found in answers])
-            for number, answers in answer(model, tokenizer, batches, pool, settings)
+            (number, [item_record(found, config.order) for found in batch])
+            for number, batch in answers(batches, config.order)
         ),
-        lambda items: {
-            "model": config.model,
-            "benchmark": benchmark,
-            "order": config.order,
-            **summarise(items, is_toy),
-            "scores": score_benchmark(benchmark, items),
-            "settings": asdict(config),
-            "versions": library_versions(),
-        },
-        in_step=config.sharded_generation,
-    )
+        summarise_items, in_step=config.sharded_generation,
+    )  # fmt: skip
 
 
-def answer_one(config: EvalConfig, world: World) -> None:
-    """Print the reasoning and the answer to one question about one video or image."""
-    kind = "video" if config.video else "image"
-    path = config.video or config.image
-    require(Path(path).is_file(), f"--{kind} {path} is not a file")
-    require(config.question.strip(), f"--{kind} needs --question")
-    sample = Sample(
-        problem_id=0, problem=config.question, data_type=kind, options=tuple(config.options),
-        problem_type="multiple choice" if config.options else "free-form", solution="", path=path,
-        data_source="", process="", row=0,
-    )  # fmt: skip
-    template = load_template(config.prompt_template)
-    options = {"template": template, **load_normalisation(config.model)}
-    tokenizer = load_tokenizer(config.model)
-    with DecoderPool(1, config.decode_timeout) as pool:
-        frames = submit_decode(pool, sample, config.limits()).result()
-    prompt = make_prompt(sample, tokenizer, frames, **options)
-    model = load_for_answers(config.model, world, config.sharded_generation)
-    require_room(prompt, config.max_new_tokens, model.config)
-    # On every rank, since sharded weights need them all.
-    (rollout,) = sample_groups(
-        model, tokenizer, [prompt], [[(config.seed, 0)]], config.max_new_tokens,
-        config.temperature, config.top_p,
-    )  # fmt: skip
-    text = rollout.texts[0]
-    found = extract_answer(text)
-    if found is None:
-        cut = "" if rollout.ended[0] else f", cut at --max_new_tokens {config.max_new_tokens}"
-        log(f"The response has no <answer>..</answer>{cut}:\n{text}")
-    else:
-        thought = text.rpartition("<answer>")[0].replace("<think>", "").replace("</think>", "")
-        log(f"Reasoning: {thought.strip()}\n\nAnswer: {found}")
+def summary_of(config: EvalConfig, path: str, is_toy: bool, items: list[dict]) -> dict:
+    return {
+        "model": config.model, "benchmark": Path(path).stem, "order": config.order,
+        **summarise(items, is_toy), "scores": score_benchmark(Path(path).stem, items),
+        "settings": asdict(config),
+    }  # fmt: skip
 
 
 def evaluate_toy(config: EvalConfig, world: World) -> None:
@@ -310,19 +211,39 @@ def evaluate_toy(config: EvalConfig, world: World) -> None:
     for stage, folder in models.items():
         require(folder.is_dir(), f"{folder} is not there: run train_{stage.lower()}.py first")
     orders = config.order.split(",")
-    has_gap = {"ordered", "shuffled"} <= set(orders)
-    lines = ["model   " + "   ".join(f"{order} frames" for order in orders) + "     gap" * has_gap]
+    both = orders[:2] == ["ordered", "shuffled"]
+    lines = ["model" + "".join(f"{order + ' frames':>18}" for order in orders)]
+    lines[0] += f"{'gap':>8}" * both
     for stage, folder in models.items():
         summaries = evaluate(replace(config, model=str(folder)), world, is_toy=True)
-        found = {summary["order"]: 100 * summary["accuracy"] for summary in summaries}
-        cells = [f"{accuracy:{len(order) + 7}.1f}" for order, accuracy in found.items()]
-        if has_gap and found:
-            cells.append(f"{found['ordered'] - found['shuffled']:+5.1f}")
-        lines.append(f"{stage:5}   {'   '.join(cells)}")
+        if world.is_main:
+            scores = [100 * summary["accuracy"] for summary in summaries]
+            lines.append(f"{stage:5}" + "".join(f"{score:18.1f}" for score in scores))
+            lines[-1] += f"{scores[0] - scores[1]:+8.1f}" if both else ""
     if world.is_main:
         count = summaries[0]["n"]
         print(f"\nThe toy's test set: accuracy in percent over {count} video questions\n")
         print("\n".join(lines))
+
+
+def answer_one(config: EvalConfig, world: World) -> None:
+    """Print the response to one question about one video or image."""
+    kind = "video" if config.video else "image"
+    path = config.video or config.image
+    require(Path(path).is_file(), f"--{kind} {path} is not a file")
+    require(config.question.strip(), f"--{kind} needs --question")
+    sample = Sample(  # its solution is not used, but must be one of its type
+        problem_id=0, problem=config.question, data_type=kind, options=tuple(config.options),
+        problem_type="multiple choice" if config.options else "free-form", solution="A", path=path,
+        data_source="", process="", row=0,
+    )  # fmt: skip
+    with responder(config, world, load_template(config.prompt_template)) as answers:
+        ((_, (found,)),) = answers([(0, [sample])])
+    if found.rollout is None:
+        raise UserError(found.error)
+    text = found.rollout.texts[0]
+    cut = "" if found.rollout.ended[0] else f" (cut at --max_new_tokens {config.max_new_tokens})"
+    log(f"{text}{cut}\n\nAnswer: {extract_answer(text) or 'none'}")
 
 
 def main() -> None:
@@ -332,7 +253,7 @@ def main() -> None:
     if config.compare:
         require(len(config.compare) == 2, "--compare takes two results files or two folders")
         return compare(*config.compare)
-    with process_group(PATIENCE) as world:
+    with process_group(PATIENCE, precision=config.precision, cpu_fallback=is_toy) as world:
         if config.judge:
             require(len(config.judge) > 1, "--judge takes a model and then results files")
             name, *files = config.judge

@@ -2,6 +2,7 @@
 
     fixed_batches   the samples, questions on one video next to each other, cut into batches
     answer          batches to responses, the media decoded ahead
+    responder       the model and the decoders of a config, ready to answer
     item_record     a response as one line of a results file, scored
     summarise       accuracy by problem type
 
@@ -10,8 +11,9 @@ ranks nor on where an interrupted run resumes: either could change the last digi
 with it a near-tie of greedy decoding.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
@@ -26,12 +28,12 @@ from data import (
     require_solution,
     submit_decode,
 )
-from evaluation.results import Batch, fingerprint
+from evaluation.results import Batch, file_sha256, file_size, fingerprint, model_path
 from evaluation.scores import mean_relative_accuracy
 from infra.distributed import World, log, on_main
-from infra.errors import MediaError, UserError
+from infra.errors import UserError
 from infra.video import DecoderPool
-from model import load_model, require_room, shard
+from model import load_model, load_normalisation, load_tokenizer, require_room, shard
 from rewards import accuracy_reward, extract_answer, parse_float
 from sampling import Rollout, derive_seed, is_sharded, sample_groups
 
@@ -61,12 +63,11 @@ class AnswerSettings:
 
 @dataclass(frozen=True)
 class Answer:
-    """The responses to a sample; or None, and why it cannot be used: by its file or otherwise."""
+    """The responses to a sample; or None, and why it cannot be used."""
 
     sample: Sample
     rollout: Rollout | None
     error: str | None = None
-    is_media_error: bool = False
 
 
 # --------------------------------------------------------------------------------------- answering
@@ -111,8 +112,7 @@ def answer(
                 prompt = _prompt(sample, frames[_file(sample)], tokenizer, settings)
                 require_room(prompt, settings.max_new_tokens, model.config)
             except UserError as error:
-                is_media_error = isinstance(error, MediaError)
-                answers.append(Answer(sample, None, str(error), is_media_error))
+                answers.append(Answer(sample, None, str(error)))
                 continue
             if prompt.order != "shuffled":  # the same frames: the same tensor, encoded once
                 pixels = shown.setdefault(_file(sample), prompt.pixel_values)
@@ -170,18 +170,6 @@ def _dummy_prompt(tokenizer, prompt_options: dict) -> Prompt:
     return make_prompt(sample, tokenizer, black, **prompt_options)
 
 
-def any_decodes(config: MediaConfig, batches: list[list[Sample]], rows: set[int]) -> bool:
-    """Whether the file of one of these rows can be decoded now."""
-    with DecoderPool(1, config.decode_timeout) as pool:
-        for sample in (sample for batch in batches for sample in batch if sample.row in rows):
-            try:
-                submit_decode(pool, sample, config.limits()).result()
-            except MediaError:
-                continue
-            return True
-    return False
-
-
 def load_for_answers(name: str, world: World, sharded: bool = False):
     """A model to generate with: whole on every rank, or each rank with its shard of the weights."""
     sharding = None
@@ -191,13 +179,41 @@ def load_for_answers(name: str, world: World, sharded: bool = False):
     return load_model(name, world.device, world.dtype, sharding).eval()
 
 
-def provenance(config: MediaConfig, ignored: tuple[str, ...], world: World, template: str) -> dict:
-    """What records depend on besides their data: all flags but the ignored ones, the template, the
-    device and the model's fingerprint."""
+@contextmanager
+def responder(config, world: World, template: str) -> Iterator[Callable]:
+    """Load the model of an EvalConfig or AnnotateConfig and start the decoders.
+
+    Yields:
+        answers(batches, order="ordered", num_samples=1): as answer().
+    """
+    tokenizer = load_tokenizer(config.model)
+    prompt_options = {"template": template, **load_normalisation(config.model)}
+    model = load_for_answers(config.model, world, config.sharded_generation)
+    with DecoderPool(config.num_workers, config.decode_timeout) as pool:
+
+        def answers(batches: list[Batch], order: str = "ordered", num_samples: int = 1):
+            settings = AnswerSettings(
+                config.limits(), prompt_options, order, num_samples, config.max_new_tokens,
+                config.temperature, config.top_p, config.seed,
+            )  # fmt: skip
+            return answer(model, tokenizer, batches, pool, settings)
+
+        yield answers
+
+
+def provenance(
+    config: MediaConfig, ignored: tuple[str, ...], world: World, template: str, data: str
+) -> dict:
+    """What records depend on: all flags but the ignored ones, the template, the device, and the
+    fingerprints of the model and of the data file."""
     flags = {name: value for name, value in asdict(config).items() if name not in ignored}
-    device = f"{world.device.type} {world.dtype}"
-    model = on_main(world, lambda: fingerprint(config.model))  # one rank reads all weights
-    return {**flags, "template": template, "device": device, "model_fingerprint": model}
+    return flags | {
+        "template": template, "device": f"{world.device.type} {world.dtype}",
+        "model": model_path(config.model),
+        # One rank reads all weights.
+        "model_fingerprint": on_main(world, lambda: fingerprint(config.model)),
+        "data_sha256": file_sha256(data),
+    }  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------- records
@@ -223,40 +239,34 @@ def item_record(answer: Answer, order: str) -> dict:
     score is as the benchmarks define it, score_paper as the paper's authors do (scores.py).
     """
     sample, rollout = answer.sample, answer.rollout
-    record = {
-        "row": sample.row, "problem_id": sample.problem_id, "problem": sample.problem,
-        "data_type": sample.data_type, "problem_type": sample.problem_type,
-        "options": list(sample.options), "path": sample.path, "data_source": sample.data_source,
-        "extra": sample.extra, "order": order, "solution": sample.solution, "error": answer.error,
-        "is_media_error": answer.is_media_error, "response": None, "answer": None, "length": None,
-        "ended": None, "score": None, "score_paper": None,
+    names = ("row", "problem_id", "problem", "data_type", "problem_type", "options", "path",
+             "data_source", "extra", "solution")  # fmt: skip
+    record = {name: getattr(sample, name) for name in names} | {
+        "order": order, "error": answer.error, "file_size": file_size(sample.path),
+        **dict.fromkeys(("response", "answer", "length", "ended", "score", "score_paper")),
     }  # fmt: skip
-    if rollout is not None:
-        text = rollout.texts[0]
-        record |= {
-            "response": text, "answer": extract_answer(text), "length": int(rollout.lengths[0]),
-            "ended": bool(rollout.ended[0]), "score": score_item(text, sample),
-            "score_paper": score_item(text, sample, strict=True),
-        }  # fmt: skip
-    return record
+    if rollout is None:
+        return record
+    text = rollout.texts[0]
+    return record | {
+        "response": text, "answer": extract_answer(text), "length": int(rollout.lengths[0]),
+        "ended": bool(rollout.ended[0]), "score": score_item(text, sample),
+        "score_paper": score_item(text, sample, strict=True),
+    }  # fmt: skip
 
 
 def summarise(items: list[dict], is_toy: bool = False) -> dict:
-    """Accuracy, by type and overall, over usable items; those that are not usable are listed.
+    """Accuracy over usable items, by type, and overall those of EXACT_TYPES.
 
-    accuracy: over multiple choice and numerical items. The toy's is over video multiple choice,
-    since images do not feel the order of frames.
+    The toy's overall accuracy is over video multiple choice: images do not feel the order.
     """
     usable = [item for item in items if item["score"] is not None]
     by_type: dict[str, list[float]] = {}
     for item in usable:
         by_type.setdefault(item["problem_type"], []).append(item["score"])
-    counted = [
-        item["score"]
-        for item in usable
-        if item["problem_type"] in (("multiple choice",) if is_toy else EXACT_TYPES)
-        and (item["data_type"] == "video" or not is_toy)
-    ]
+    types = EXACT_TYPES[:1] if is_toy else EXACT_TYPES
+    counted = [item["score"] for item in usable if item["problem_type"] in types
+               and (item["data_type"] == "video" or not is_toy)]  # fmt: skip
     return {
         "n": len(counted),
         "accuracy": sum(counted) / len(counted) if counted else None,
@@ -266,7 +276,7 @@ def summarise(items: list[dict], is_toy: bool = False) -> dict:
         },
         "num_items": len(items),
         "unusable": [
-            {key: item[key] for key in ("row", "problem_id", "error")}
+            {key: item[key] for key in ("row", "problem_id", "path", "error")}
             for item in items
             if item["score"] is None
         ],

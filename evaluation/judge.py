@@ -13,12 +13,12 @@ import torch
 
 from data import VISION_TOKENS, Prompt
 from evaluation.answering import load_for_answers
+from evaluation.report import percent
 from evaluation.results import (
     Batch,
     Results,
     file_sha256,
     fingerprint,
-    library_versions,
     model_path,
     read_records,
     read_summary,
@@ -135,14 +135,11 @@ def summarise_verdicts(records: list[dict]) -> dict:
     share, interval = None, None
     if judged:
         values = [float(record["response"]) for record in judged]
-        clips = [record["path"] for record in judged]
-        share, interval = weighted_mean(values, [1.0] * len(values), clips)
-    return {
-        "n": len(judged), "grounded": share, "interval": interval, "num_items": len(records),
-        "temporal_questions": len(temporal),
-        "unparsed_questions": sum(record["question"] is None for record in records),
-        "unparsed_responses": len(temporal) - len(judged),
-    }  # fmt: skip
+        videos = [record["path"] for record in judged]
+        share, interval = weighted_mean(values, [1.0] * len(values), videos)
+    unparsed = len(temporal) - len(judged) + sum(record["question"] is None for record in records)
+    return {"n": len(judged), "grounded": share, "interval": interval, "num_items": len(records),
+            "temporal_questions": len(temporal), "unparsed": unparsed}  # fmt: skip
 
 
 def judged_items(file: Path) -> list[dict]:
@@ -172,7 +169,7 @@ def judge(
     """
     items = {Path(file): judged_items(Path(file)) for file in files}
     made_by = {
-        "judge": model_path(name), "model_fingerprint": on_main(world, lambda: fingerprint(name)),
+        "model": model_path(name), "model_fingerprint": on_main(world, lambda: fingerprint(name)),
         "device": f"{world.device.type} {world.dtype}", "prompts": JUDGE_PROMPTS,
         "max_new_tokens": JUDGE_TOKENS, "batch_size": batch_size, **GREEDY,
     }  # fmt: skip
@@ -189,9 +186,7 @@ def judge(
         if not results.finished:
             results.run(
                 lambda batches: ask(model, tokenizer, batches),
-                lambda records: {"judge": name, **summarise_verdicts(records),
-                                 "versions": library_versions()},
-                in_step=sharded,
+                lambda records: {"judge": name, **summarise_verdicts(records)}, in_step=sharded,
             )  # fmt: skip
         if world.is_main:
             print_verdicts(file, read_summary(results.summary_file))
@@ -199,13 +194,8 @@ def judge(
 
 def print_verdicts(file: Path, summary: dict) -> None:
     """The share of Figure 6 for one results file, in percent, and what it leaves out."""
-    share = "-"
-    if summary["grounded"] is not None:
-        low, high = summary["interval"]
-        share = f"{100 * summary['grounded']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    share = percent(summary, "grounded")
     log(f"\n{file}: temporally grounded responses {share} percent of {summary['n']}, judged by "
-        f"{summary['judge']}")  # fmt: skip
-    log(f"  {summary['temporal_questions']} of {summary['num_items']} video questions need "
-        f"temporal reasoning; verdicts that are neither yes nor no: "
-        f"{summary['unparsed_questions']} on questions, {summary['unparsed_responses']} on "
-        "responses to temporal questions, in no share")  # fmt: skip
+        f"{summary['judge']}\n  {summary['temporal_questions']} of {summary['num_items']} video "
+        f"questions need temporal reasoning; {summary['unparsed']} verdicts are neither yes nor "
+        "no, in no share")  # fmt: skip

@@ -108,9 +108,8 @@ def compare(a: str, b: str) -> None:
         require("data_sha256" not in changed, versions)
         print(f"\n{title}")
         print_scores(gaps(name, *map(read_records, pair)), {})
-        changed.pop("model_fingerprint", None)
-        for key, values in changed.items():
-            print("  they differ in {}: {!r:.60} and {!r:.60}".format(key, *values))
+        for key in sorted(changed.keys() - {"model", "model_fingerprint"}):
+            print("  they differ in {}: {!r:.60} and {!r:.60}".format(key, *changed[key]))
 
 
 def print_table(folders: list[str]) -> None:

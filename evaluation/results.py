@@ -7,7 +7,8 @@
 
 The provenance is a flat dict of everything that the records depend on: hashes of the model and the
 data, and the flags that change what is written. Records of two provenances are never mixed. A run
-that was interrupted resumes on any number of ranks, which must all see the folder.
+that was interrupted resumes on any number of ranks, which must all see the folder. A batch in which
+an item's file was missing or broken is computed again once that file has another size.
 """
 
 import hashlib
@@ -29,6 +30,7 @@ from infra.run import claim
 from model import HUB_FILES, resolve_folder
 
 Batch = tuple[int | None, list]  # its number, None where a rank has no work, and its items
+LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "pillow")  # named in each summary
 
 
 def file_sha256(path: str | Path) -> str:
@@ -59,14 +61,9 @@ def model_path(name: str) -> str:
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
-def library_versions() -> dict[str, str]:
-    """The versions of the libraries that the results may depend on; those that are installed."""
-    names = ("torch", "transformers", "tokenizers", "numpy", "pillow", "decord", "decord2")
-    installed = {}
-    for name in names:
-        with suppress(metadata.PackageNotFoundError):  # decord or decord2
-            installed[name] = metadata.version(name)
-    return installed
+def file_size(path: str) -> int | None:
+    """The bytes of a file; None if it is not there."""
+    return os.path.getsize(path) if os.path.exists(path) else None
 
 
 def differences(old: dict, new: dict) -> dict[str, tuple]:
@@ -88,11 +85,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def read_records(path: Path) -> list[dict]:
-    """The objects of a .jsonl file.
-
-    Raises:
-        UserError: it is not there, or not such a file; names it.
-    """
+    """The objects of a .jsonl file; UserError, naming it, if it is not such a file."""
     try:
         records = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
     except (OSError, ValueError) as error:
@@ -103,11 +96,8 @@ def read_records(path: Path) -> list[dict]:
 
 
 def read_summary(path: Path) -> dict | None:
-    """The object in a .json file; None if there is no file.
-
-    Raises:
-        UserError: the file does not hold a JSON object; names it.
-    """
+    """The object in a .json file, None if there is no file; UserError, naming it, if it is not such
+    a file."""
     if not path.is_file():
         return None
     try:
@@ -119,27 +109,25 @@ def read_summary(path: Path) -> dict | None:
 
 
 def is_made_by(
-    file: Path, provenance: dict, replaceable: Set[str] = frozenset(), overwrite: bool = False,
-    log: Callable[[str], None] = log,
+    file: Path, provenance: dict, replaceable: Set[str] = frozenset(), overwrite: bool = False
 ) -> bool:
-    """Whether a summary or settings file is there and has this provenance.
+    """Whether a summary or settings file is there and has this provenance. Only the model's path
+    may be another one: the same model in another place.
 
     Raises:
         UserError: it has another one, which differs in more than what is replaceable, and is not
             to be overwritten; names the differences.
     """
     content = read_summary(file)
-    if content is None or content.get("provenance") == provenance:
-        return content is not None
-    old = content.get("provenance") or {}
-    changed = differences(old, provenance)
+    if content is None:
+        return False
+    changed = differences(content.get("provenance") or {}, provenance)
     words = ", ".join(f"{name} {before!r:.60} and not {now!r:.60}"
                       for name, (before, now) in changed.items())  # fmt: skip
-    what = f"{file} has results of {words if old else 'unknown settings'}"
-    require(overwrite or (old and changed.keys() <= replaceable),
-            f"{what}: write elsewhere, or replace it by --overwrite true")  # fmt: skip
-    log(f"{what}: replaced")
-    return False
+    is_ours = changed.keys() <= {"model"}
+    require(overwrite or is_ours or changed.keys() <= replaceable, f"{file} has results of "
+            f"{words}: write elsewhere, or replace it by --overwrite true")  # fmt: skip
+    return is_ours
 
 
 class Results:
@@ -149,13 +137,11 @@ class Results:
     if not results.finished:
         results.run(work, summarise)
 
-    A batch is the unit of work: records depend neither on the number of ranks nor on interruptions.
-
     Args:
-        batches: all items (each with its `row`), the same on every rank.
+        batches: all items (each with its `row`), the same on every rank. Records depend neither on
+            the number of ranks nor on interruptions.
         replaceable: names of the provenance. Results that differ in these alone are out of date
             and replaced, after a line that says so; with overwrite, all of another provenance.
-        retry: from the rows whose media could not be used to whether to try them again.
     Raises:
         UserError, on rank 0: results of another provenance are there; names the difference.
     """
@@ -163,60 +149,43 @@ class Results:
     def __init__(
         self, folder: Path, name: str, provenance: dict, world: World, batches: list[list],
         replaceable: Set[str] = frozenset(), overwrite: bool = False,
-        retry: Callable[[set[int]], bool] = lambda rows: False,
     ):  # fmt: skip
         self.name, self.world, self.batches = name, world, batches
         self.provenance = json.loads(json.dumps(provenance))  # as it will be read: no tuples
-        self.replaceable, self.overwrite, self.retries = replaceable, overwrite, False
+        self.replaceable, self.overwrite = replaceable, overwrite
         self.records_file = folder / f"{name}.jsonl"
         self.summary_file = folder / f"{name}.summary.json"
         self.partial = folder / f"{name}.partial"
         self.settings_file = self.partial / "settings.json"
-        self.finished = on_main(world, lambda: self._look(retry))
+        self.finished = on_main(world, self._is_finished)
 
-    def _look(self, retry: Callable[[set[int]], bool]) -> bool:
-        """Whether nothing is left to do."""
-        failed = [record["row"] for batch in self._found(log).values() for record in lost(batch)]
-        self.retries = bool(failed) and retry(set(failed))
-        if self.retries:
-            log(f"{self.records_file}: {len(failed)} items without usable media are tried again")
-        finished = len(self._done()) == len(self.batches) and not self.partial.exists()
+    def _is_finished(self) -> bool:
+        finished = len(self._found()) == len(self.batches) and not self.partial.exists()
         if finished:
             log(f"{self.records_file} is finished")
         return finished
 
-    def _is_ours(self, file: Path, log: Callable[[str], None]) -> bool:
-        return is_made_by(file, self.provenance, self.replaceable, self.overwrite, log)
+    def _is_ours(self, file: Path) -> bool:
+        return is_made_by(file, self.provenance, self.replaceable, self.overwrite)
 
-    def _found(self, log: Callable[[str], None] = lambda line: None) -> dict[int, list[dict]]:
-        """The records on disk that these settings made, by batch."""
-        found: dict[int, list[dict]] = {}
-        if self._is_ours(self.summary_file, log) and self.records_file.is_file():
+    def _found(self) -> dict[int, list[dict]]:
+        """The records on disk that these settings made, by batch, without those out of date."""
+        found = []
+        if self._is_ours(self.summary_file) and self.records_file.is_file():
             records = {record["row"]: record for record in read_records(self.records_file)}
             for number, batch in enumerate(self.batches):
-                rows = [_row(item) for item in batch]
-                if records.keys() >= set(rows):
-                    found[number] = [records[row] for row in rows]
+                found.append((number, [records[_row(item)] for item in batch]))
         parts = sorted(self.partial.glob("rank*.jsonl"))
-        for part in parts if self._is_ours(self.settings_file, log) else []:
+        for part in parts if self._is_ours(self.settings_file) else []:
             for line in part.read_text("utf-8").split("\n"):
-                try:
+                with suppress(ValueError):  # empty, or torn by a kill
                     row = json.loads(line)
-                except ValueError:  # empty, or torn by a kill
-                    continue
-                number, batch = row["batch"], row["records"]
-                if number not in found or len(lost(batch)) <= len(lost(found[number])):
-                    found[number] = batch  # the better of two tries
-        return found
-
-    def _done(self) -> set[int]:
-        """The numbers of the batches that are not to be computed."""
-        found = self._found().items()
-        return {number for number, batch in found if not (self.retries and lost(batch))}
+                    found.append((row["batch"], row["records"]))
+        return {number: batch for number, batch in found if not _is_stale(batch)}
 
     def run(
         self, work: Callable[[list[Batch]], Iterable[tuple[int, list[dict]]]],
-        summarise: Callable[[list[dict]], dict], in_step: bool = False, unit: str = "item",
+        summarise: Callable[[list[dict]], dict], in_step: bool = False,
     ) -> None:  # fmt: skip
         """Compute the batches that are not done, each rank its share, and write the results.
 
@@ -225,30 +194,29 @@ class Results:
             summarise: from all records, sorted, to what the summary holds.
             in_step: as many batches for every rank, those without work getting (None, []).
         """
-        done, rank, size = on_main(self.world, self._begin), self.world.rank, self.world.size
-        num_items = sum(map(len, self.batches))
-        num_done = sum(len(self.batches[number]) for number in done)
-        with (
-            (self.partial / f"rank{rank}.jsonl").open("a") as part,
-            tqdm(total=num_items, initial=num_done, desc=self.name, unit=unit, disable=rank > 0,
-                 dynamic_ncols=True) as bar,
-        ):  # fmt: skip
+        done, rank = on_main(self.world, self._begin), self.world.rank
+        mine = deal(self.batches, done, rank, self.world.size, in_step)
+        bar = tqdm(work(mine), total=len(mine), desc=self.name, unit="batch", disable=rank > 0,
+                   dynamic_ncols=True)  # fmt: skip
+        with (self.partial / f"rank{rank}.jsonl").open("a") as part:
             part.write("\n")  # a kill may have torn the last line
-            for number, records in work(deal(self.batches, done, rank, size, in_step)):
+            for number, records in bar:
                 part.write(json.dumps({"batch": number, "records": records}) + "\n")
                 part.flush()
-                bar.update(min(len(records) * size, bar.total - bar.n))  # of all ranks, about
         dist.barrier()
         main_does(self.world, lambda: self._finish(summarise))
 
     def _begin(self) -> set[int]:
         """Lock the results and drop what other settings left; the batches that are done."""
         self.lock = claim(self.partial / "lock", str(self.records_file))
-        if not self._is_ours(self.settings_file, lambda line: None):
+        for file in (self.summary_file, self.settings_file):
+            if file.exists() and not self._is_ours(file):
+                log(f"{file}: made by other settings, replaced")
+        if not self._is_ours(self.settings_file):
             for part in self.partial.glob("rank*.jsonl"):
                 part.unlink()
             write_json(self.settings_file, {"provenance": self.provenance})
-        done = self._done()
+        done = set(self._found())
         if done:
             log(f"{self.records_file}: resumes, {len(done)} of {len(self.batches)} batches done")
         return done
@@ -258,8 +226,10 @@ class Results:
         require(len(found) == len(self.batches),
                 f"{self.partial} lacks batches of other ranks: do all see one folder?")  # fmt: skip
         records = sorted((record for batch in found.values() for record in batch), key=_row)
+        about = {"versions": {name: metadata.version(name) for name in LIBRARIES},
+                 "provenance": self.provenance}  # fmt: skip
         write_whole(self.records_file, "".join(json.dumps(record) + "\n" for record in records))
-        write_json(self.summary_file, {**summarise(records), "provenance": self.provenance})
+        write_json(self.summary_file, summarise(records) | about)
         self.lock.close()
         shutil.rmtree(self.partial)
         log(f"results written to {self.records_file}")
@@ -273,9 +243,10 @@ def deal(batches: list[list], done: set[int], rank: int, size: int, in_step: boo
     return left[rank::size]
 
 
-def lost(records: list[dict]) -> list[dict]:
-    """The records of items whose media could not be used, which may be there the next time."""
-    return [record for record in records if record.get("is_media_error")]
+def _is_stale(records: list[dict]) -> bool:
+    """Whether a file that could not be used has come, gone or changed since."""
+    return any(record["error"] and file_size(record["path"]) != record["file_size"]
+               for record in records if "file_size" in record)  # fmt: skip
 
 
 def _row(item) -> int:

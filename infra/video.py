@@ -40,8 +40,8 @@ from infra.errors import MediaError
 # What Pillow, decord and the parsers below raise for a damaged file. TypeError and AttributeError
 # would be mistakes of this file.
 DAMAGE = (
-    ArithmeticError, EOFError, LookupError, MemoryError, OSError, RuntimeError, StopIteration,
-    SyntaxError, ValueError, struct.error, Image.DecompressionBombError,
+    ArithmeticError, AssertionError, EOFError, LookupError, MemoryError, OSError, RuntimeError,
+    StopIteration, SyntaxError, ValueError, struct.error, Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )  # fmt: skip
 

@@ -52,7 +52,7 @@ def validate(config, world, monkeypatch):
             yield number, answers
 
     monkeypatch.setattr(validation, "answer", answer)
-    run = Validation(config, world, None, None, {})
+    run = Validation(config, world, None, None, {}, load_validation(config))
 
     def call(new_errors):
         errors.clear()
