@@ -137,13 +137,14 @@ def draw_runs(runs: list[Run], window: int):
     for place, (title, keys) in enumerate(panels, start=1):
         axes = figure.add_subplot(num_rows, num_columns, place)
         draw_lines(axes, keys, runs, window)
-        axes.set_title(title, pad=18)
+        axes.set_title(title, pad=7 + 11 * math.ceil(len(keys) / 3))  # above the legend's rows
     names = [str(run.folder) for run in runs]
     figure.suptitle(f"{runs[0].stage}: {names[0]}" if len(runs) == 1 else runs[0].stage)
     if len(runs) > 1:
         handles = [Line2D([], [], color=colour) for colour in COLOURS[: len(runs)]]
         figure.legend(handles, names, loc="outside upper center", ncols=4)
-    figure.supxlabel(f"pale: each step; strong: mean of the last {window}; circles: validation")
+    pale = f"pale: each step; strong: mean of the last {window}; " if window > 1 else ""
+    figure.supxlabel(f"{pale}circles: validation")
     return figure
 
 
@@ -163,6 +164,7 @@ def draw_lines(axes, keys: tuple[str, ...], runs: list[Run], window: int) -> Non
                 axes.plot(column(run.validation, "step"), column(run.validation, key), "o",
                           color=colour, markerfacecolor="white" if number else colour)  # fmt: skip
     axes.set_xlabel("optimizer step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     # Between title and panel, where no line is.
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 0.98), ncols=3, fontsize=7)
 
@@ -179,6 +181,7 @@ def draw_composition(path: Path, data_root: str):
         labels = [f"{value:,} ({value / len(samples):.1%})" for value in values]
         axes.bar_label(axes.barh(names, values, color=COLOURS[0]), labels, padding=3)
         axes.set_title(kind)
+        axes.set_xlabel("rows")
         axes.margins(x=0.18)
     return figure
 
