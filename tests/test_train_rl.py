@@ -11,7 +11,7 @@ import torch
 
 import train_rl
 from config import RLConfig
-from data import decode, load_usable_samples, require_solution
+from data import load_usable_samples, read_frames, read_image, require_solution
 from infra.distributed import process_group
 from infra.errors import UserError
 from infra.optim import learning_rate_at, make_optimizer, update
@@ -188,7 +188,9 @@ def samples(toy_folder, tokenizer):
 
 
 def prompts_of(sample, tokenizer, step=0, epoch=0, max_frames=8, **flags):
-    config, decoded = RLConfig(**flags), decode(sample, max_frames=max_frames)
+    config, decoded = RLConfig(**flags), (read_image(sample.path), 0.0)
+    if sample.is_video:
+        decoded = read_frames(sample.path, max_frames)
     return make_prompts(sample, decoded, step, epoch, tokenizer, config, {})
 
 
