@@ -194,7 +194,7 @@ def judge(
 
 def print_verdicts(file: Path, summary: dict) -> None:
     """The share of Figure 6 for one results file, in percent, and what it leaves out."""
-    share = percent(summary, "grounded")
+    share = percent({"score": summary["grounded"], "interval": summary["interval"]})
     log(f"\n{file}: temporally grounded responses {share} percent of {summary['n']}, judged by "
         f"{summary['judge']}\n  {summary['temporal_questions']} of {summary['num_items']} video "
         f"questions need temporal reasoning; {summary['unparsed']} verdicts are neither yes nor "

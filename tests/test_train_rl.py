@@ -188,9 +188,9 @@ def samples(toy_folder, tokenizer):
 
 
 def prompts_of(sample, tokenizer, step=0, epoch=0, max_frames=8, **flags):
-    config, decoded = RLConfig(**flags), (read_image(sample.path), 0.0)
-    if sample.is_video:
-        decoded = read_frames(sample.path, max_frames)
+    config = RLConfig(**flags)
+    is_video = sample.is_video
+    decoded = read_frames(sample.path, max_frames) if is_video else (read_image(sample.path), 0.0)
     return make_prompts(sample, decoded, step, epoch, tokenizer, config, {})
 
 
