@@ -10,8 +10,8 @@ paper keeps what passes "basic rule-based filtering to remove low-quality or inc
 and says no more; RULES are ours. The best try of a row is the one that gets furthest through them,
 then the one of higher correctness, then the first. A row whose best try breaks a rule is dropped.
 
-Written is the row as it was, its own solution included, with the teacher's thought as `process`:
-where the teacher's answer is not the solution (OCR, free-form, regression) it is worse.
+Each kept row is written unchanged, with the teacher's reasoning added as `process`. The answer to
+learn stays the row's own solution, since the teacher's may be worse (OCR, free-form, regression).
 
     <out>                    a JSON list, rows in the file's order: --data of train_sft.py
     <out>.report.json        how many rows were kept and dropped, by rule and by problem type
@@ -34,6 +34,7 @@ from data import load_samples, load_template, read_rows
 from evaluation.answering import PATIENCE, Answer, fixed_batches, provenance, responder
 from evaluation.results import (
     Results,
+    file_sha256,
     file_size,
     is_made_by,
     read_records,
@@ -203,7 +204,8 @@ def annotate(config: AnnotateConfig, world: World) -> None:
     """
     samples = load_samples(config.data, config.data_root or None)
     template = load_template(config.prompt_template)
-    made_by = provenance(config, NOT_IN_TRIES, world, template, config.data)
+    made_by = provenance(config, NOT_IN_TRIES, world, template)
+    made_by["data_sha256"] = file_sha256(config.data)
     rules = {name: value for name, value in asdict(config).items() if name in RULE_FLAGS}
     out = Path(config.out)
     main_does(world, lambda: make_room(out, made_by | rules, config.overwrite))

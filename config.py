@@ -1,7 +1,7 @@
 """The flags of both training stages, and what all scripts share: one line says a flag's default,
 its meaning and its range. Defaults are the paper's where the paper gives one (with its section).
 
-`neutral` marks a flag that does not change what a run computes: a resumed run may have another.
+`neutral` marks a flag that may differ in a resumed run: steps are computed the same way.
 """
 
 import math

@@ -35,7 +35,7 @@ from evaluation.answering import (
 )
 from evaluation.judge import judge
 from evaluation.report import compare, print_summary, print_table, write_gaps
-from evaluation.results import Results, read_summary
+from evaluation.results import Results, file_sha256, read_summary
 from evaluation.scores import BENCHMARKS, score_benchmark
 from infra.distributed import World, log, main_does, process_group, run_main
 from infra.errors import UserError, require
@@ -162,8 +162,9 @@ def evaluate(config: EvalConfig, world: World, is_toy: bool) -> list[dict]:
     name = config.model.strip("./").replace("/", "--")
     folder = Path(config.output_dir) / (name or Path(config.model).resolve().name)
     orders, jobs = config.order.split(","), {}
+    model_and_flags = provenance(config, NOT_IN_RECORDS, world, template)
     for path in config.data:
-        made_by = provenance(config, NOT_IN_RECORDS, world, template, path)
+        made_by = model_and_flags | {"data_sha256": file_sha256(path)}
         batches = fixed_batches(samples[path], config.batch_size)
         for order in orders:
             jobs[path, order] = Results(

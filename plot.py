@@ -36,7 +36,7 @@ STYLE = {
     "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
     "text.parse_math": False,  # a folder's name may hold dollar signs
 }  # fmt: skip
-PHASES = ("data", "rollout", "reference", "update")
+PHASES = ("data", "rollout", "reward", "reference", "update")
 TIME = ("Time of a step and of its phases, seconds",
         ("seconds", *(f"seconds_{phase}" for phase in PHASES)))  # fmt: skip
 PANELS = {  # stage: (title and unit, keys of metrics.jsonl, some of validation.jsonl too)

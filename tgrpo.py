@@ -5,7 +5,7 @@ r"""The mathematics of T-GRPO: Sections 3.2 and 3.3 of the Video-R1 paper. Tenso
     G           group_size         8         Sec. 4.1, responses to the frames in order
     G~          shuffled_group..   4 (G/2)   Sec. 4.1, responses to the same frames shuffled
     o_i, o~_i   completions        -         Sec. 3.2
-    p, p~       proportions        -         Sec. 3.2, share of correct responses of each group
+    p, p~       correct, c.._shuf  -         Sec. 3.2, share of correct responses of each group
     alpha       alpha              0.3       Sec. 3.2, Eq. 1
     r_t         r_t                0/alpha   Eq. 1
     r_i         rewards            [0, 2]    Sec. 3.2, correctness + format

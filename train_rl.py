@@ -383,9 +383,10 @@ def group_metrics(groups: list[Group]) -> tuple[dict[str, float | None], float]:
     shuffled_videos = [group.accuracy_shuffled for group in videos]
     flat = [(group_advantages(group.rewards) == 0).all() for group in groups]
     changes = [temporal_effect(group.advantages, group.advantages_without) for group in videos]
+    parts = {name: [group.parts[name] for group in groups] for name in groups[0].parts}
+    del parts["temporal"]  # `temporal` is the share of groups, see below
     values = {
         "reward": [group.rewards for group in groups],
-        **{name: [group.parts[name] for group in groups] for name in groups[0].parts},
         "accuracy_ordered": ordered_videos,
         "accuracy_shuffled": shuffled_videos,
         "temporal": [torch.tensor(group.r_t > 0) for group in videos],
@@ -396,6 +397,8 @@ def group_metrics(groups: list[Group]) -> tuple[dict[str, float | None], float]:
         "zero_std": flat,
         "tokens": [rollout.lengths for rollout in everyone],
     }
+    assert not parts.keys() & values.keys(), "a part of the reward is named like a metric"
+    values = {**values, **parts}
     sums = {name: sum(float(tensor.sum()) for tensor in tensors)
             for name, tensors in values.items()}  # fmt: skip
     counts = {f"num {name}": sum(tensor.numel() for tensor in tensors)

@@ -28,7 +28,7 @@ from data import (
     require_solution,
     submit_decode,
 )
-from evaluation.results import Batch, file_sha256, file_size, fingerprint, model_path
+from evaluation.results import Batch, file_size, fingerprint, model_path
 from evaluation.scores import mean_relative_accuracy
 from infra.distributed import World, log, on_main
 from infra.errors import UserError
@@ -202,17 +202,16 @@ def responder(config, world: World, template: str) -> Iterator[Callable]:
 
 
 def provenance(
-    config: MediaConfig, ignored: tuple[str, ...], world: World, template: str, data: str
-) -> dict:
-    """What records depend on: all flags but the ignored ones, the template, the device, and the
-    fingerprints of the model and of the data file."""
+    config: MediaConfig, ignored: tuple[str, ...], world: World, template: str
+) -> dict:  # fmt: skip
+    """What records depend on besides the data: all flags but the ignored ones, the template, the
+    device, and the fingerprint of the model."""
     flags = {name: value for name, value in asdict(config).items() if name not in ignored}
     return flags | {
         "template": template, "device": f"{world.device.type} {world.dtype}",
         "model": model_path(config.model),
         # One rank reads all weights.
         "model_fingerprint": on_main(world, lambda: fingerprint(config.model)),
-        "data_sha256": file_sha256(data),
     }  # fmt: skip
 
 

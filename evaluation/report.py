@@ -28,7 +28,7 @@ def print_scores(found: dict, definitions: dict[str, str]) -> None:
     for owner, part in found["overall"].items():
         note = "; ".join(filter(None, (definitions.get(owner), part.get("note"))))
         if part.get("num_unpaired"):
-            note = f"{part['num_unpaired']} usable on one side only left out"
+            note += f"{'; ' * bool(note)}{part['num_unpaired']} usable on one side only left out"
         print(f"  {owner + chr(39) + 's score':18} {percent(part):22} over {part['n']} items of "
               f"{part['videos']} videos{': ' * bool(note)}{note}")  # fmt: skip
     for grouping, groups in found["by"].items():

@@ -30,11 +30,7 @@ def load_validation(config: TrainConfig) -> list[Sample]:
 
 
 class Validation:
-    """The validation of one run. Without --val_data it is never due.
-
-    Raises:
-        UserError: as load_validation.
-    """
+    """The validation of one run. Without --val_data it is never due."""
 
     def __init__(
         self, config: TrainConfig, world: World, pool: DecoderPool, tokenizer, prompt_options: dict,

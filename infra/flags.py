@@ -36,7 +36,7 @@ def flag(
     Args:
         low, above, high: value >= low, value > above, value <= high.
         choices: the allowed values, or of a list its allowed items.
-        neutral: it does not change what the program computes.
+        neutral: a run that is resumed may have another value.
         instead_of: the flag whose default this one, when given, sets to 0. Not both are given.
     """
     metadata = {
@@ -70,7 +70,7 @@ def check_ranges(config: object) -> None:
 
 
 def neutral_flags(config: object) -> set[str]:
-    """The names of the flags that do not change what the program computes."""
+    """The names of the flags that may differ in a resumed run."""
     return {item.name for item in dataclasses.fields(config) if item.metadata.get("neutral")}
 
 

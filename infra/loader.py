@@ -145,7 +145,8 @@ class Loader:
         self.num_skipped_in_a_row += 1
         # Now and not at the end of the step, which a rank without a usable item never reaches.
         self.check_skipped()
-        # Two passes, since between two visits of a usable item there may be nearly two.
+        # Two passes: each epoch has its own order, so a usable item may come first in one epoch and
+        # last in the next.
         share = 2 * self.num_items / len(self.progress.counts)
         if self.num_skipped_in_a_row > max(share, ALWAYS_FORGIVEN):
             what = f"{self.num_skipped_in_a_row} samples in a row could not be used, more than a "

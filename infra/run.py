@@ -74,11 +74,12 @@ class Run:
 
     run = Run(config, world, "rl", total_steps, inputs)    # claims the folder, finds a checkpoint
     if run.is_finished: return
-    run.restore(model, optimizer)
+    run.restore(model, optimizer, rate_at)
     with run:
         for step, items in run.steps(loader, number):      # resumes, stops, saves
             with run.phase("update"): ...
-            run.log(metrics)
+            run.log(metrics, num_tokens)
+        if run.is_complete: run.finish(export)
 
     Args:
         config: a TrainConfig. name: of the progress bar.
@@ -356,10 +357,11 @@ class Run:
 
     def _stop(self, step: int, progress: Progress, reason: str = "") -> None:
         reason = reason or self._stop_reason()
-        if step > self.start:
+        if step > max(self.start, self.checkpoints.pending_step):  # else it is saved already
             self._save(step, progress)
-            self.checkpoints.wait()
-        log(f"stopped by {reason} after step {step}, saved: the same command resumes from here")
+        self.checkpoints.wait()
+        saved = ", saved" if step else ""
+        log(f"stopped by {reason} after step {step}{saved}: the same command resumes from here")
 
     def _save(self, step: int, progress: Progress) -> None:
         lengths = {}

@@ -271,8 +271,9 @@ def test_score_of_each_type(problem_type, solution, response, expected):
 
 
 def make_item(problem_type, score, data_type="video", row=0):
+    error = None if score is not None else "gone"
     return {"problem_id": 7, "row": row, "problem_type": problem_type, "score": score,
-            "data_type": data_type, "error": None if score is not None else "gone"}  # fmt: skip
+            "data_type": data_type, "path": "x.mp4", "error": error}  # fmt: skip
 
 
 ITEMS = [
@@ -297,4 +298,6 @@ def test_a_summary_by_hand(is_toy, num_counted, accuracy):
             "OCR": {"n": 1, "score": 0.25}, "multiple choice": {"n": 3, "score": 2 / 3},
             "numerical": {"n": 1, "score": 1.0}, "regression": {"n": 2, "score": 0.5},
         },
+        "unusable": [{"row": row, "problem_id": 7, "path": "x.mp4", "error": "gone"}
+                     for row in (8, 9)],
     }  # fmt: skip
