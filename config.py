@@ -24,7 +24,7 @@ class MediaConfig:
     prompt_template: str = flag("", "text file with {question} and maybe {answer_format}")
     num_workers: int = flag(2, "processes that decode media, per rank", low=1, neutral=True)
     decode_timeout: float = flag(
-        60.0, "seconds that one file may take to decode", above=0, neutral=True
+        60.0, "seconds that one file may take to decode", above=0, high=86_400, neutral=True
     )
 
     def limits(self) -> dict[str, int]:
@@ -94,7 +94,11 @@ class TrainConfig(MediaConfig):
     )
     tensorboard: bool = flag(False, "write the metrics as TensorBoard events too", neutral=True)
     timeout: float = flag(
-        1800.0, "seconds that a rank may keep the others waiting", above=0, neutral=True
+        1800.0,
+        "seconds that a rank may keep the others waiting",
+        above=0,
+        high=604_800,
+        neutral=True,
     )
     replicas: int = flag(
         1, "copies of the sharded model (HSDP), as a rule one per node", low=1, neutral=True

@@ -82,7 +82,7 @@ class Run:
         if run.is_complete: run.finish(export)
 
     Args:
-        config: a TrainConfig. name: of the progress bar.
+        config: the script's flags. name: of the progress bar.
         inputs: hashes of what the run reads, by name: a resumed run must read the same.
     Attributes:
         start: optimizer steps done before. progress: what the loader has taken by then.

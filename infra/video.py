@@ -72,7 +72,7 @@ def media_error(path, error):
 
 
 def smart_resize(height, width, min_pixels, max_pixels, factor):
-    """The size (h, w) to which an image is resized: transformers' rule for Qwen2-VL.
+    """The size (h, w) to which an image is resized: the rule of transformers' smart_resize.
 
     Both are multiples of `factor`, h * w is within [min_pixels, max_pixels] where possible.
 
@@ -306,7 +306,7 @@ def exact_seek(reader, layout):
 
 
 def sample_indices(total, frame_rate, max_frames, fps, min_frames):
-    """Which frames of a video are looked at: the rule of Qwen's video utility on decord.
+    """Which frames of a video are looked at: by index, whatever the frame rate does.
 
     n is the even number nearest below min(max(total / frame_rate * fps, min_frames), max_frames,
     total), or 1; the indices are round(linspace(0, total - 1, n)).
