@@ -22,6 +22,7 @@ from model import (
     load_normalisation,
     load_tokenizer,
     pack_groups,
+    require_possible,
     require_room,
     rope_positions,
     shard,
@@ -443,3 +444,12 @@ def test_weights_that_do_not_fit_are_named(base, tmp_path, change, words):
     change(tmp_path / "base")
     with pytest.raises(UserError, match=words):
         load_model(str(tmp_path / "base"), CPU)
+
+
+def test_a_response_that_spells_a_token_of_probability_0_is_refused(toy_folder):
+    """Fault 12: the pad token, spelt in an SFT row, made the loss infinite."""
+    config = load_model(str(toy_folder / "runs/toy/base"), torch.device("cpu")).config
+    bad = forbidden_tokens(config)[0]
+    require_possible(torch.tensor([5, 6]), config)
+    with pytest.raises(UnusableSample, match=str(bad)):
+        require_possible(torch.tensor([5, bad]), config)
