@@ -164,7 +164,9 @@ class RLConfig(TrainConfig):
         1000, "optimizer steps (Sec. 4.1); 0: by --num_epochs", low=0, neutral=True
     )
     group_size: int = flag(8, "G, responses to the ordered frames (Sec. 4.1)", low=2)
-    shuffled_group_size: int = flag(4, "G~, responses to the shuffled frames (Sec. 4.1)", low=1)
+    shuffled_group_size: int = flag(
+        4, "G~, responses to the shuffled frames (Sec. 4.1); 0: p~ = 0, a placebo", low=0
+    )
     max_new_tokens: int = flag(768, "length of a response at most, in tokens (App. D)", low=1)
     correct_threshold: float = flag(0.5, "accuracy reward of a correct response (Sec. 3.2)")
     temporal: bool = flag(True, "the temporal reward, Eq. 1 and 2; false: plain GRPO")
@@ -172,6 +174,10 @@ class RLConfig(TrainConfig):
         "reward", "what r_t is added to (Sec. 3.2, Eq. 2)", choices=("reward", "advantage")
     )
     alpha: float = flag(0.3, "temporal reward (Eq. 1)", low=0)
+    advantage_norm: str = flag(
+        "std", "std: Eq. 3; none: not divided; separate: Eq. 3 of each part of the reward",
+        choices=("std", "none", "separate"),
+    )  # fmt: skip
     length_reward: bool = flag(True, "the length reward, Eq. 5")
     omega: float = flag(0.2, "length reward (Eq. 5)", low=0)
     l_min: int = flag(320, "shortest rewarded response, in tokens (Eq. 5)", low=0)

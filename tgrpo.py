@@ -114,6 +114,32 @@ def group_advantages(rewards: Tensor) -> Tensor:
     return torch.where(flat, 0.0, centred / torch.where(flat, 1.0, variance.sqrt()))
 
 
+def advantages_of_parts(
+    parts: dict[str, Tensor], weights: dict[str, float], norm: str = "std"
+) -> Tensor:
+    """Eq. 3 of the parts' sum, or one of two departures from it, under which r_t cannot cancel.
+
+    Args:
+        parts: float (..., G) each, the parts of R_i by name.
+        weights: of the parts in "separate"; 1 for those not named.
+        norm: "std": Eq. 3. "none": the mean is subtracted and nothing divided, half of Dr. GRPO
+            (arXiv 2503.20783), which drops the length normalisation too. "separate": the weighted
+            sum of Eq. 3 of each part by itself, GDPO (arXiv 2601.05242) without its batch step.
+    Returns:
+        float64 (..., G).
+    Raises:
+        ValueError: an unknown norm.
+    """
+    rewards = sum(parts.values()).double()
+    if norm == "std":
+        return group_advantages(rewards)
+    if norm == "none":
+        return rewards - rewards.mean(-1, keepdim=True)
+    if norm == "separate":
+        return sum(weights.get(name, 1.0) * group_advantages(part) for name, part in parts.items())
+    raise ValueError(f"norm must be 'std', 'none' or 'separate', not {norm!r}")
+
+
 def temporal_effect(advantages: Tensor, advantages_without: Tensor) -> Tensor:
     """How far r_t moved each response's advantage: |A_i - A_i(without r_t)|.
 

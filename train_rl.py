@@ -67,6 +67,7 @@ from sampling import Rollout, derive_seed, sample_groups
 from tgrpo import (
     add_length_reward,
     add_temporal_reward,
+    advantages_of_parts,
     group_advantages,
     temporal_effect,
     temporal_reward,
@@ -256,7 +257,10 @@ def score_group(ordered: Rollout, shuffled: Rollout | None, config: RLConfig) ->
     if shuffled is not None:
         accuracy_shuffled = accuracies(shuffled.texts)  # (G~,)
         correct_shuffled = accuracy_shuffled >= config.correct_threshold
-        r_t = temporal_reward(correct, correct_shuffled, config.alpha)  # Eq. 1
+        if config.shuffled_group_size:
+            r_t = temporal_reward(correct, correct_shuffled, config.alpha)  # Eq. 1
+        else:  # departure, a placebo: p~ = 0, r_t for every correct response
+            r_t = config.alpha
 
     zeros = torch.zeros_like(accuracy)
     temporal = add_temporal_reward(zeros, correct, r_t)  # Eq. 2
@@ -268,9 +272,15 @@ def score_group(ordered: Rollout, shuffled: Rollout | None, config: RLConfig) ->
         "accuracy": accuracy, "format": format_, "temporal": temporal,
         "length_reward": length_reward,
     }  # fmt: skip
-    advantages_without = group_advantages(sum({**parts, "temporal": zeros}.values()))
+    # Eq. 3; departure: --advantage_norm none or separate.
+    normalise = partial(
+        advantages_of_parts,
+        weights={"temporal": config.alpha, "length_reward": config.omega},
+        norm=config.advantage_norm,
+    )
+    advantages_without = normalise({**parts, "temporal": zeros})
     if config.temporal_target == "reward":
-        advantages = group_advantages(sum(parts.values()))  # Eq. 3
+        advantages = normalise(parts)
     else:  # the end of Section 3.2: r_t is no part of the reward
         parts["temporal"] = zeros
         advantages = add_temporal_reward(advantages_without, correct, r_t)

@@ -160,6 +160,9 @@ def test_a_row_depends_on_its_own_key_alone(toy_folder, model, tokenizer):
     assert torch.equal(row, alone.completion_ids[0][alone.completion_mask[0]])
     texts = {text for rollout in both for text in rollout.texts}
     assert len(texts) == 8  # eight keys, eight responses
+    none, alone = sample_groups(model, tokenizer, prompts, [[], keys(2, 4)[1][2:3]], 12)
+    assert none.texts == [] and none.completion_ids.shape[0] == 0  # --shuffled_group_size 0
+    assert torch.equal(row, alone.completion_ids[0][alone.completion_mask[0]])
 
 
 def test_generate_leaves_the_model_as_it_was(toy_folder, model, tokenizer, monkeypatch):

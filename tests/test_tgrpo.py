@@ -533,3 +533,26 @@ def test_length_reward_gives_r_t_something_to_act_on():
     for rewards, place in ((without, 1 / 1.2), (with_r_t, 1.3 / 1.5)):
         high, middle, low = tgrpo.group_advantages(rewards)
         assert_close((middle - low) / (high - low), f64(place))
+
+
+PARTS = {"accuracy": [1, 1, 0, 0], "format": [1, 1, 1, 0], "temporal": [0.3, 0.3, 0, 0]}
+Z = 1.3 * 3**0.5 / 2  # z of (1, 1, 0, 0) is +-sqrt(3)/2, that of (1, 1, 1, 0) is 1/2 and -3/2
+NORMS = {
+    "none": [0.9, 0.9, -0.4, -1.4],  # 2.3, 2.3, 1, 0 less their mean 1.4
+    "separate": [Z + 0.5, Z + 0.5, -Z + 0.5, -Z - 1.5],
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_other_norms_by_hand(norm):
+    parts = {name: f64(values) for name, values in PARTS.items()}
+    advantages = tgrpo.advantages_of_parts(parts, {"temporal": 0.3}, norm)
+    assert_close(advantages, f64(NORMS[norm]))
+
+
+def test_std_is_eq_3_of_the_sum_and_another_norm_an_error():
+    parts = {name: f64(values) for name, values in PARTS.items()}
+    expected = tgrpo.group_advantages(f64([2.3, 2.3, 1, 0]))
+    assert_close(tgrpo.advantages_of_parts(parts, {}), expected)
+    with pytest.raises(ValueError, match="'std', 'none' or 'separate', not 'mean'"):
+        tgrpo.advantages_of_parts(parts, {}, "mean")

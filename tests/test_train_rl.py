@@ -39,7 +39,7 @@ NOTHING = "B"  # accuracy 0, format 0
 
 def rollout(texts, lengths=None, problem_type="multiple choice", solution="<answer>B</answer>"):
     lengths = torch.tensor(lengths or [1] * len(texts))
-    width = int(lengths.max())
+    width = max(lengths.tolist(), default=0)
     mask = torch.arange(width) < lengths[:, None]
     sample = SimpleNamespace(
         problem_type=problem_type, solution=solution, problem="Which?", options=("A. a", "B. b"),
@@ -64,15 +64,16 @@ REWARDS = {
     "no-length-reward": ({"length_reward": False}, [WRONG], [2.3, 1, 1.3, 0]),
     "other-weights": ({"alpha": 1.0, "omega": 2.0}, [WRONG], [3, 1, 4, 0]),
     "other-window": ({"l_min": 1, "l_max": 319}, None, [2.2, 1, 1, 0]),
+    # p~ = 0: the placebo is earned with wrong ordered answers as well.
+    "no-shuffled-group": ({"shuffled_group_size": 0}, [], [2.3, 1, 1.5, 0]),
     "to-the-advantage": ({"temporal_target": "advantage"}, [WRONG], [2, 1, 1.2, 0]),
 }
 
 
 @pytest.mark.parametrize(("flags", "shuffled", "expected"), REWARDS.values(), ids=REWARDS)
 def test_rewards_of_a_group_by_hand(flags, shuffled, expected):
-    group = score_group(
-        rollout(ORDERED, LENGTHS), shuffled and rollout(shuffled), RLConfig(**flags)
-    )
+    shuffled = None if shuffled is None else rollout(shuffled)
+    group = score_group(rollout(ORDERED, LENGTHS), shuffled, RLConfig(**flags))
     assert group.rewards.tolist() == pytest.approx(expected)
     assert group.parts["accuracy"].tolist() == [1, 0, 1, 0]
     assert group.parts["format"].tolist() == [1, 1, 0, 0]
@@ -81,6 +82,26 @@ def test_rewards_of_a_group_by_hand(flags, shuffled, expected):
     if flags.get("temporal_target") == "advantage":
         advantages = advantages + torch.tensor([0.3, 0, 0.3, 0], dtype=torch.float64)
     torch.testing.assert_close(group.advantages, advantages)
+
+
+@pytest.mark.parametrize("norm", ["none", "separate"])
+def test_r_t_always_moves_the_advantages_of_the_other_norms(norm):
+    """Binary rewards, all with the format: Eq. 3 cancels r_t (its effect is 0), these do not."""
+    config = RLConfig(advantage_norm=norm, length_reward=False)
+    group = score_group(rollout([RIGHT, WRONG]), rollout([WRONG]), config)
+    # none: 2.3 and 1 less their mean. separate: z(accuracy) + 0.3 z(temporal), both +-1/sqrt(2).
+    upper, without = {"none": (0.65, 0.5), "separate": (1.3 / 2**0.5, 1 / 2**0.5)}[norm]
+    assert group.advantages.tolist() == pytest.approx([upper, -upper])
+    assert group.advantages_without.tolist() == pytest.approx([without, -without])
+
+
+def test_metrics_without_a_shuffled_group():
+    group = score_group(rollout(ORDERED), rollout([]), RLConfig(shuffled_group_size=0))
+    with process_group():
+        means, num_tokens = group_metrics([group])
+    assert (means["temporal"], means["temporal_earned"], num_tokens) == (1, 0.5, 4)
+    assert means["accuracy_shuffled"] is means["gap"] is None
+    assert rollout_record(0, group)["shuffled_responses"] == []
 
 
 def test_a_continuous_reward_is_correct_from_the_threshold_on():
