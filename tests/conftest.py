@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import kills
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -26,4 +27,14 @@ def toy_folder(tmp_path_factory):
     code = "import toy; toy.ensure_toy()"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, check=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def killed_base(toy_folder, tmp_path_factory):
+    """A folder for kills.py: the toy, and an undisturbed run."""
+    folder = tmp_path_factory.mktemp("kills")
+    (folder / "runs").mkdir()
+    (folder / "runs/toy").symlink_to(toy_folder / "runs/toy")
+    kills.finish("sft", folder / "undisturbed")
     return folder

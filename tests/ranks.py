@@ -59,17 +59,16 @@ def written_rollouts(policy, tokenizer, batch, config, step):
 
 
 def same_losses(world):
-    """SFT and RL, on given rollouts, in one pass a rank and in passes of one prompt."""
+    """SFT and RL on given rollouts: 2 ranks in passes of one prompt, others in one pass a rank."""
     sample_rollouts, train_rl.sample_rollouts = train_rl.sample_rollouts, written_rollouts
-    for name, most in (("whole", 4), ("passes", 1)):
-        passes = {"prompts_per_rank": most}
-        sft = {"data": str(toy.SFT_DATA), "output_dir": str(OUT / f"sft-{name}")}
-        train_sft.train(SFTConfig(**COMMON | passes | sft), world)
-        for level, iterations in (("token", 1), ("sequence", 2)):
-            rl = {"data": str(toy.RL_DATA), "output_dir": str(OUT / f"rl-{level}-{name}")}
-            rl |= {"num_iterations": iterations, "ratio_level": level, "clip_eps": 0.01}
-            rl["learning_rate"] = 1e-3 if level == "token" else 1e-4  # whole ratios soon explode
-            train_rl.train(RLConfig(**COMMON | RL | passes | rl), world)
+    passes = {"prompts_per_rank": 1 if world.size == 2 else 4}
+    sft = {"data": str(toy.SFT_DATA), "output_dir": str(OUT / "sft")}
+    train_sft.train(SFTConfig(**COMMON | passes | sft), world)
+    for level, iterations in (("token", 1), ("sequence", 2)):
+        rl = {"data": str(toy.RL_DATA), "output_dir": str(OUT / f"rl-{level}")}
+        rl |= {"num_iterations": iterations, "ratio_level": level, "clip_eps": 0.01}
+        rl["learning_rate"] = 1e-3 if level == "token" else 1e-4  # whole ratios soon explode
+        train_rl.train(RLConfig(**COMMON | RL | passes | rl), world)
     train_rl.sample_rollouts = sample_rollouts
 
 
@@ -86,10 +85,10 @@ def tied(world):
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
     main_does(world, make)
-    sft = {"model": str(folder), "data": str(toy.SFT_DATA), "output_dir": str(OUT / "tied-whole")}
+    sft = {"model": str(folder), "data": str(toy.SFT_DATA), "output_dir": str(OUT / "tied")}
     train_sft.train(SFTConfig(**COMMON | sft), world)
     if world.is_main:
-        exported = load_file(OUT / "tied-whole/model/model.safetensors")
+        exported = load_file(OUT / "tied/model/model.safetensors")
         assert exported.keys() == load_file(folder / "model.safetensors").keys()
 
 

@@ -227,6 +227,7 @@ def test_an_error_in_the_first_step_has_a_line_of_its_own_and_can_be_mended(
 # -------------------------------------------------------------------------------- real processes
 
 
+@pytest.mark.slow
 def test_under_torchrun_the_line_comes_before_torchruns_report(folder, toy_folder):
     """Once before the processes have met, once after; both launches run side by side."""
     write_rows(folder, toy_folder, {"solution": None})

@@ -500,6 +500,7 @@ def results_below(folder):
     return {path.name: path.read_bytes() for path in Path(folder).rglob("*.jsonl")}
 
 
+@pytest.mark.slow
 def test_any_number_of_ranks_and_sharded_weights_give_the_same(brief_model, rows_file, tmp_path):
     """Seven batches on 1, 2 and 4 processes; on 2 also with sharded weights, and a judge."""
     data = rows_file(19)
@@ -527,6 +528,7 @@ def test_any_number_of_ranks_and_sharded_weights_give_the_same(brief_model, rows
     assert len(judged[0].read_text().splitlines()) > 10
 
 
+@pytest.mark.slow
 def test_an_evaluation_killed_at_random_instants_ends_with_the_same(
     brief_model, rows_file, tmp_path
 ):

@@ -103,6 +103,7 @@ def require_equal(found, name):
             assert mine[key] == pytest.approx(theirs[key], abs=1e-5, rel=1e-4), (step, key)
 
 
+@pytest.mark.slow
 def test_twenty_recorded_steps_give_the_same_updates(toy_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(toy_folder)
     recorded = replay(read_rollouts(DATA / "replay.npz"))

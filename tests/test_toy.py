@@ -275,6 +275,7 @@ toy.ensure_toy()
 """
 
 
+@pytest.mark.slow
 def test_two_commands_that_start_together_make_one_toy(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", TOGETHER]
