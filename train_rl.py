@@ -47,8 +47,7 @@ from infra.distributed import (
     unsharded,
 )
 from infra.flags import parse_config
-from infra.loader import Loader
-from infra.optim import learning_rate_at, make_optimizer, update
+from infra.optim import make_optimizer, update
 from infra.run import Run
 from infra.video import DecoderPool
 from model import (
@@ -100,14 +99,12 @@ def train(config: RLConfig, world: World) -> bool:
     }  # fmt: skip
     num_prompts = config.rank_prompts(world.size)
     num_steps = config.num_steps(len(samples))
-    hashes = on_main(world, lambda: input_hashes(config))
-    run = Run(config, world, "rl", num_steps, hashes)
+    run = Run(config, world, "rl", num_steps, on_main(world, lambda: input_hashes(config)))
     if run.is_finished:
         return True
     policy, reference = load_policy_and_reference(config, world)
     optimizer = make_optimizer(policy, config.learning_rate, config.weight_decay)
-    rate_at = partial(learning_rate_at, peak=config.learning_rate, warmup_steps=config.warmup_steps)
-    run.restore(policy, optimizer, rate_at)
+    run.restore(policy, optimizer)
 
     def submit(index: int) -> Future:
         return submit_decode(pool, samples[index], config.limits())
@@ -120,17 +117,11 @@ def train(config: RLConfig, world: World) -> bool:
         return prompts
 
     with run, DecoderPool(config.num_workers, config.decode_timeout) as pool:
-        loader = Loader(
-            len(samples), submit, prepare, lambda index: samples[index].identity,
-            progress=run.progress, rank=world.rank, seed=config.seed,
-            max_skipped=config.max_skipped,
-        )  # fmt: skip
-        validation = Validation(
-            config, world, pool, tokenizer, prompt_options, validation_samples
-        )
+        loader = run.loader(len(samples), submit, prepare, lambda index: samples[index].identity)
+        validation = Validation(config, world, pool, tokenizer, prompt_options, validation_samples)
         run.validate(validation, policy, 0)
         for step, questions in run.steps(loader, num_prompts):
-            rate = rate_at(step, num_steps)
+            rate = run.learning_rate(step)
             with run.phase("rollout"), unsharded(policy):
                 rollouts = [
                     rollout

@@ -38,8 +38,7 @@ from infra.distributed import (
     sum_over_ranks,
 )
 from infra.flags import parse_config
-from infra.loader import Loader
-from infra.optim import learning_rate_at, make_optimizer, update
+from infra.optim import make_optimizer, update
 from infra.run import Run
 from infra.video import DecoderPool
 from model import (
@@ -86,8 +85,7 @@ def train(config: SFTConfig, world: World) -> bool:
     if config.activation_checkpointing:
         enable_checkpointing(model)
     optimizer = make_optimizer(model, config.learning_rate, config.weight_decay)
-    rate_at = partial(learning_rate_at, peak=config.learning_rate, warmup_steps=config.warmup_steps)
-    run.restore(model, optimizer, rate_at)
+    run.restore(model, optimizer)
 
     def submit(index: int) -> Future:
         return submit_decode(pool, samples[index], config.limits())
@@ -100,20 +98,14 @@ def train(config: SFTConfig, world: World) -> bool:
         return prompt, response
 
     with run, DecoderPool(config.num_workers, config.decode_timeout) as pool:
-        loader = Loader(
-            len(samples), submit, prepare, lambda index: samples[index].identity,
-            progress=run.progress, rank=world.rank, seed=config.seed,
-            max_skipped=config.max_skipped,
-        )  # fmt: skip
-        validation = Validation(
-            config, world, pool, tokenizer, prompt_options, validation_samples
-        )
+        loader = run.loader(len(samples), submit, prepare, lambda index: samples[index].identity)
+        validation = Validation(config, world, pool, tokenizer, prompt_options, validation_samples)
         run.validate(validation, model, 0)
         for step, batch in run.steps(loader, num_prompts):
             name_missing_ranks(world)
             num_tokens = sum(len(response) for _, response in batch)
             num_tokens = sum_over_ranks({"tokens": num_tokens})["tokens"]
-            rate = rate_at(step, num_steps)
+            rate = run.learning_rate(step)
             with run.phase("update"):
                 loss = accumulate_gradients(model, batch, num_tokens, config, world)
                 grad_norm = update(model, optimizer, rate, config.max_grad_norm, loss)

@@ -44,6 +44,7 @@ from infra.distributed import (
 from infra.errors import UserError, require
 from infra.flags import neutral_flags
 from infra.loader import Loader, Progress
+from infra.optim import learning_rate_at
 
 LOGS = (
     "metrics.jsonl", "rollouts.jsonl", "skipped.jsonl", "bad_steps.jsonl", "validation.jsonl",
@@ -74,8 +75,9 @@ class Run:
 
     run = Run(config, world, "rl", total_steps, inputs)    # claims the folder, finds a checkpoint
     if run.is_finished: return
-    run.restore(model, optimizer, rate_at)
+    run.restore(model, optimizer)
     with run:
+        loader = run.loader(num_items, submit, prepare, describe)
         for step, items in run.steps(loader, number):      # resumes, stops, saves
             with run.phase("update"): ...
             run.log(metrics, num_tokens)
@@ -208,13 +210,13 @@ class Run:
         self._release()
         return True
 
-    def restore(self, model: nn.Module, optimizer: AdamW, rate_at: Callable) -> None:
-        """Load the checkpoint that was found, if any; these two are saved from now on.
+    def learning_rate(self, step: int, total_steps: int = 0) -> float:
+        """Of a step counted from 0, in this run or in one of another length."""
+        peak, warmup_steps = self.config.learning_rate, self.config.warmup_steps
+        return learning_rate_at(step, total_steps or self.total_steps, peak, warmup_steps)
 
-        Args:
-            rate_at: the learning rate from (step, number of steps), to say how a longer run's
-                schedule differs.
-        """
+    def restore(self, model: nn.Module, optimizer: AdamW) -> None:
+        """Load the checkpoint that was found, if any; these two are saved from now on."""
         self.model, self.optimizer = model, optimizer
         if self.found is None:
             return
@@ -223,7 +225,7 @@ class Run:
         log(f"resumed from {path}")
         before = saved["total_steps"]
         if before != self.total_steps and self.start < self.total_steps:
-            old, new = (rate_at(self.start, steps) for steps in (before, self.total_steps))
+            old, new = self.learning_rate(self.start, before), self.learning_rate(self.start)
             log(
                 f"the schedule now spans {self.total_steps} steps, it spanned {before}: the "
                 f"learning rate of step {self.start + 1} is {new:.3g}, it would have been {old:.3g}"
@@ -288,6 +290,15 @@ class Run:
             self.say(f"warning: {text}")
 
     # --------------------------------------------------------------------------------------- steps
+
+    def loader(
+        self, num_items: int, submit: Callable, prepare: Callable, describe: Callable
+    ) -> Loader:  # fmt: skip
+        """This rank's stream of items, from where the run has come to; see Loader."""
+        return Loader(
+            num_items, submit, prepare, describe, progress=self.progress, rank=self.world.rank,
+            seed=self.config.seed, max_skipped=self.config.max_skipped,
+        )  # fmt: skip
 
     def steps(self, loader: Loader, number: int) -> Iterator[tuple[int, list]]:
         """Each step that is left, counted from 0, and this rank's items: `number` from the loader.
