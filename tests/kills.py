@@ -110,7 +110,7 @@ def prepare(folder: Path) -> None:
         [sys.executable, "-c", "import toy; toy.ensure_toy()"], cwd=folder, check=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
-    warm = start("sft", folder / "warm", "--max_steps", "120", "--prompts_per_step", "32",
+    warm = start("sft", folder / "warm", "--max_steps", "60", "--prompts_per_step", "32",
                  "--save_every", "0")  # fmt: skip
     assert warm.wait(600) == 0, (folder / "warm.log").read_text()[-3000:]
 
