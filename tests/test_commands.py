@@ -71,6 +71,17 @@ def test_the_readmes_flags_are_in_help(script, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_readme_uses_no_model_before_a_command_makes_it():
+    """Fault 25: the first real command wanted runs/sft/model; an empty line cut a table in two."""
+    made = set()
+    for name, *words in readme_commands():
+        assert set(re.findall(r"runs/(sft|rl)/model", " ".join(words))) <= made, words
+        if "--model" in words:  # else the toy, which is not in runs/sft
+            made |= {stage for stage in ("sft", "rl") if name == f"train_{stage}.py"}
+    assert made == {"sft", "rl"}
+    assert not re.search(r"^\|.*\n\n\|", (ROOT / "README.md").read_text(), re.M)
+
+
 WRONG = {
     "model-without-data": ("train_sft.py", ["--model", "m"], "--data"),
     "nothing-to-compare": ("eval.py", ["--compare", "a", "b"], "a does not exist"),

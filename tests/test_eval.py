@@ -349,6 +349,7 @@ def test_benchmarks_are_found_below_the_root(tmp_path, where):
                      id="preset-and-frames"),
         pytest.param("--model m --data a/d b/d", "two files of one name", id="same-name"),
         pytest.param("--model m --benchmarks= --data_root .", "--benchmarks is empty", id="e1"),
+        pytest.param("--model m --video= --question q", "--video is empty", id="e2"),
         pytest.param("--table=", "--table is empty", id="e4"),
         pytest.param("--model m --data d --order ordered,ordered", "--order", id="order-twice"),
     ],

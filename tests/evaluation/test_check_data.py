@@ -292,6 +292,7 @@ LONG = {**ROW, "process": f"<think>{'3 ' * 300}</think>"}
     [
         pytest.param({**ROW, "process": "<think>Three.</think>"}, None, id="fits"),
         pytest.param(LONG, "positions, the model has 250", id="long"),
+        pytest.param({**ROW, "process": "<|endoftext|>"}, "which are never sampled", id="pad"),
     ],
 )
 def test_sft_counts_and_reads_the_response(folder, model, capsys, row, reason):

@@ -348,6 +348,23 @@ def test_a_step_that_is_not_finite_is_not_applied_but_counted(toy, tmp_path, mon
     assert [moved(step, step + 1) for step in range(5)] == [True, False, True, False, False]
 
 
+def test_a_row_that_spells_the_pad_token_is_skipped(toy, tmp_path):
+    """Fault 12: its loss was infinite."""
+    shutil.copytree(toy / "base", tmp_path / "base")
+    file = tmp_path / "base/config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps(settings | {"pad_token_id": settings["bos_token_id"]}))
+    rows = json.loads((toy / "data/sft.json").read_text())[:4]
+    rows[2]["process"] = "<|endoftext|>"
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    run(toy, tmp_path / "run", model=str(tmp_path / "base"), data=str(tmp_path / "rows.json"),
+        data_root=str(toy / "data"), max_steps=2)  # fmt: skip
+    (skipped,) = map(json.loads, (tmp_path / "run/skipped.jsonl").open())
+    assert skipped["row"] == 2 and "never sampled" in skipped["reason"]
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
+    assert [line["loss"] is None for line in lines] == [False, False]
+
+
 def test_too_many_bad_steps_in_a_row_end_the_run_with_a_checkpoint(toy, tmp_path, monkeypatch):
     accumulate = train_sft.accumulate_gradients
 
