@@ -49,6 +49,7 @@ GPUS_PER_NODE = 8
 
 # Parts of several phases.
 GRADIENTS, SAVED, FSDP = "gradients, float32", "saved activations", "FSDP: gathered, in transit"
+ADAMW, REFERENCE = "AdamW, two moments", "reference, shard"
 
 
 @dataclass(frozen=True)
@@ -242,8 +243,8 @@ def estimate(config: Qwen2_5_VLConfig, flags: PlanConfig, on_gpu: bool = True) -
     trained = groups.trained_shard(num_shards, flags.freeze_vision)
     always = {
         "policy, float32, shard": 4 * shard,
-        "AdamW, two moments": 8 * trained,
-        "reference, shard": c * shard,
+        ADAMW: 8 * trained,
+        REFERENCE: c * shard,
     }
     rows_per_prompt = (flags.group_size, flags.shuffled_group_size)
     phases = generation(config, groups, load, [rows for rows in rows_per_prompt if rows], c)
