@@ -1,11 +1,10 @@
 """Measures one GPU on the real shapes, with random weights; plan.py's predictions put to a test.
 
     python benchmarks/gpu.py --model 3B --json 3B.json                   every part
-    python benchmarks/gpu.py --model 7B --json 7B.json --parts decode    one of them
+    python benchmarks/gpu.py --model 7B --json 7B.json --parts rollout   one of them
     python benchmarks/gpu.py --device cpu --tiny --json tiny.json        every line of it, on a CPU
 
-    prefill   a rollout of one token: the vision tower, both prompts, G + G~ rows
-    decode    a rollout as long as a run's: milliseconds and kernels a token, and the floor that
+    rollout   vision tower, prefill, decoding: milliseconds and kernels a token, and the floor that
               reading weights and cache sets; with FSDP's hooks, as in a run, and without
     update    reference, forward and backward pass for responses of several lengths
     step      the whole T-GRPO step
@@ -56,15 +55,15 @@ from infra.flags import check_ranges, flag
 from model import enable_checkpointing, load_model, load_normalisation, load_tokenizer, shard
 from sampling import Rollout, decode_texts
 
+COLUMNS = {"seconds": ".3f", "mfu": ".1%", "peak_gib_by_phase": ".2f",
+           "predicted_gib_by_phase": ".2f"}  # fmt: skip
 PROFILED = (2, 6)  # tokens of two rollouts: their difference is what a token adds
-UPDATED = (64, 256, 768)  # tokens of a response
 SIZES = {  # the paper's (Sec. 4.1, App. D)
     "max_new_tokens": 768, "group_size": 8, "shuffled_group_size": 4, "max_frames": 16,
     "max_pixels": 128 * 28 * 28, "repeats": 2,
 }  # fmt: skip
-TINY_UPDATED = (2, 4)
 TINY_SIZES = {
-    "max_new_tokens": 4, "group_size": 3, "shuffled_group_size": 2, "max_frames": 4,
+    "max_new_tokens": 12, "group_size": 3, "shuffled_group_size": 2, "max_frames": 4,
     "max_pixels": 4 * 28 * 28, "repeats": 1,
 }  # fmt: skip
 TINY = {  # in the form of plan.OFFICIAL
@@ -83,7 +82,6 @@ class Bench:
 
     world: World
     config: StepConfig
-    updated: tuple[int, ...]
     sheet: plan.Gpu
     machine: dict
 
@@ -150,16 +148,12 @@ def policy_alone(bench: Bench, sharded: bool = True) -> System:
 # --------------------------------------------------------------------------------------- the parts
 
 
-def prefill(bench: Bench) -> dict:
-    return {"one token": measure(bench, policy_alone(bench), rl_step.sample_step, 1)}
-
-
-def decode(bench: Bench) -> dict:
+def rollout(bench: Bench) -> dict:
     variants = {"as in a run": True, "without FSDP": False}
-    return {name: decode_variant(bench, sharded) for name, sharded in variants.items()}
+    return {name: rollout_of(bench, sharded) for name, sharded in variants.items()}
 
 
-def decode_variant(bench: Bench, sharded: bool) -> dict:
+def rollout_of(bench: Bench, sharded: bool) -> dict:
     system, num_tokens = policy_alone(bench, sharded), bench.config.max_new_tokens
     found = measure(bench, system, rl_step.sample_step, num_tokens)
     load, itemsize = counting.Load(**found["load"]), bench.world.dtype.itemsize
@@ -170,7 +164,7 @@ def decode_variant(bench: Bench, sharded: bool) -> dict:
     return found | {
         "ms_per_token": 1e3 * seconds / num_tokens,
         "floor_ms_per_token": 1e3 * floor / num_tokens,
-        "share_of_floor": floor / seconds,
+        "share_of_bandwidth": floor / seconds,
         "kernels_per_token": (more - few) / (PROFILED[1] - PROFILED[0]),
     }
 
@@ -181,13 +175,13 @@ def count_kernels(bench: Bench, system: System, num_tokens: int) -> int:
     with torch.profiler.profile() as profile:
         rl_step.measure_step(rl_step.sample_step, system, config, bench.config.video, step=0)
     kind = getattr(DeviceType, bench.world.device.type.upper())
-    is_work = [e.device_type == kind and not e.is_user_annotation for e in profile.events()]
-    return sum(is_work)
+    return sum(e.device_type == kind and not e.is_user_annotation for e in profile.events())
 
 
 def update(bench: Bench) -> dict:
-    system = policy_alone(bench)
-    return {f"{n} tokens": measure(bench, system, learn_random_tokens, n) for n in bench.updated}
+    system, longest = policy_alone(bench), bench.config.max_new_tokens
+    lengths = (longest // 12, longest // 3, longest)  # 64, 256, 768
+    return {f"{n} tokens": measure(bench, system, learn_random_tokens, n) for n in lengths}
 
 
 def learn_random_tokens(
@@ -215,12 +209,12 @@ def plain(bench: Bench) -> dict:
     system, num_tokens = policy_alone(bench), bench.config.max_new_tokens
     ours = measure(bench, system, rl_step.our_step, num_tokens)
     theirs = measure(bench, system, plain_step, num_tokens)
-    short = replace(bench.config, max_new_tokens=bench.updated[0])
-    theirs["agreement_nats"] = rl_step.agreement(system, short.rl_config(), short.video)
+    config = replace(bench.config, max_new_tokens=num_tokens // 12).rl_config()
+    theirs["agreement_nats"] = rl_step.agreement(system, config, bench.config.video)
     return {"ours": ours, "plain": theirs}
 
 
-PARTS = {part.__name__: part for part in (prefill, decode, update, step, plain)}
+PARTS = {part.__name__: part for part in (rollout, update, step, plain)}
 
 
 # --------------------------------------------------------------------------------------- measuring
@@ -248,16 +242,14 @@ def measure(bench: Bench, system: System, take_step: Callable, num_tokens: int) 
 
 def table(title: str, found: dict) -> str:
     """The figures of one case as lines for the console."""
-    lines = [f"{title + ': ' + found['holds']:50}{'seconds':>10}{'MFU':>8}{'GiB':>8}{'planned':>8}"]
-    for phase, seconds in found["seconds"].items():
-        mfu, planned = (found[key].get(phase) for key in ("mfu", "predicted_gib_by_phase"))
-        cells = [f"{seconds:10.3f}", "" if mfu is None else f"{mfu:.1%}",
-                 f"{found['peak_gib_by_phase'][phase]:.2f}",
-                 "" if planned is None else f"{planned:.2f}"]  # fmt: skip
-        lines.append(f"{rl_step.PHASES[phase]:50}" + "".join(f"{cell:>8}" for cell in cells))
+    lines = [f"{title}; held: {found['holds']}", f"{'':50}  seconds      MFU      GiB  planned"]
+    for phase in found["seconds"]:
+        cells = [format(found[key][phase], form) if phase in found[key] else ""
+                 for key, form in COLUMNS.items()]  # fmt: skip
+        lines.append(f"{rl_step.PHASES[phase]:50}" + "".join(f"{cell:>9}" for cell in cells))
     if "ms_per_token" in found:
         lines.append(f"{found['ms_per_token']:.2f} ms and {found['kernels_per_token']:.0f} kernels "
-                     f"a token, {found['share_of_floor']:.1%} of the bandwidth")  # fmt: skip
+                     f"a token, {found['share_of_bandwidth']:.1%} of the bandwidth")  # fmt: skip
     return "\n".join(lines)
 
 
@@ -314,21 +306,21 @@ def main() -> None:
     flags = parse_flags(GpuConfig, "One GPU on the real shapes, with random weights.")
     if flags.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    sizes, updated = (TINY_SIZES, TINY_UPDATED) if flags.tiny else (SIZES, UPDATED)
     torch.manual_seed(0)
     with process_group() as world, ExitStack() as stack:
         require(world.device.type == flags.device, "no GPU here; --device cpu --tiny needs none")
         require(world.size == 1, "this benchmark measures one process: start it without torchrun")
         results = open_results(Path(flags.json), flags)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        shapes, sizes = (TINY, TINY_SIZES) if flags.tiny else (plan.OFFICIAL[flags.model], SIZES)
         config = StepConfig(model=str(folder), video=str(folder / "noise.y4m"), **sizes)
-        write_model(folder, TINY if flags.tiny else plan.OFFICIAL[flags.model])
+        write_model(folder, shapes)
         write_video(Path(config.video), config)
         stack.enter_context(mock.patch.object(model_module, "_fill", draw_weights))
         stack.enter_context(mock.patch.object(train_rl, "accuracy_reward", toss_coin))
         if "machine" not in results:
             results["machine"] = rl_step.machine_facts(world.device, world.dtype)
-        bench = Bench(world, config, updated, plan.GPUS[flags.gpu], results["machine"])
+        bench = Bench(world, config, plan.GPUS[flags.gpu], results["machine"])
         for part in flags.parts:
             if part in results["parts"]:
                 log(f"{part}: {flags.json} has it")

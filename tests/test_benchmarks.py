@@ -125,31 +125,32 @@ def test_every_part_is_measured_once(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(train_rl, "update_policy", spy)
     file = tmp_path / "tiny.json"
-    assert list(run_gpu(monkeypatch, file, "--parts", "prefill")["parts"]) == ["prefill"]
+    assert list(run_gpu(monkeypatch, file, "--parts", "update")["parts"]) == ["update"]
     first = file.read_text()
     results = run_gpu(monkeypatch, file)
-    assert f"prefill: {file} has it" in capsys.readouterr().out
-    assert results["parts"]["prefill"] == json.loads(first)["parts"]["prefill"]
-    assert list(results["parts"]) == list(gpu.PARTS)
+    assert f"update: {file} has it" in capsys.readouterr().out
+    assert results["parts"]["update"] == json.loads(first)["parts"]["update"]
+    assert results["parts"].keys() == gpu.PARTS.keys()
     assert (results["gpu"], results["flags"]["tiny"]) == ("CPU", True)
     assert results["versions"]["torch"] == torch.__version__
     assert all(map(math.isfinite, numbers(results)))
     assert any(advantage.any() for advantage in advantages)  # else all gradients would be zero
 
-    # By hand: a video of 2 grids of 4 x 4 patches, 3 and 2 rows of 4 tokens.
-    cases = results["parts"]["decode"]
+    # By hand: a video of 2 grids of 4 x 4 patches, 3 and 2 rows of 12 tokens.
+    cases = results["parts"]["rollout"]
     load = Load(**cases["as in a run"]["load"])
-    assert (load.grids, load.num_rows, load.response_tokens) == ([[2, 4, 4]], 5, 4)
+    assert (load.grids, load.num_rows, load.response_tokens) == ([[2, 4, 4]], 5, 12)
     config = plan.Qwen2_5_VLConfig(**gpu.TINY)
     flops = counting.step_flops(config, load)
     layer = 64 * (2 * 64 + 2 * 32 + 3 * 128) + 2 * 64 + 64 + 2 * 32  # matrices, norms, biases
     num_weights = 2 * layer + 64 + 1024 * 64
     floor = counting.decode_bytes(config, load, num_weights, itemsize=4) / 3.35e12
     for found in cases.values():
-        assert found["floor_ms_per_token"] == pytest.approx(1e3 * floor / 4)
-        assert found["share_of_floor"] == pytest.approx(floor / found["seconds"]["rollout.decode"])
+        seconds = found["seconds"]["rollout.decode"]
+        assert found["floor_ms_per_token"] == pytest.approx(1e3 * floor / 12)
+        assert found["share_of_bandwidth"] == pytest.approx(floor / seconds)
         assert found["flops"] == flops and found["kernels_per_token"] > 100
-    longest = results["parts"]["update"]["4 tokens"]
+    longest = results["parts"]["update"]["12 tokens"]
     assert longest["flops"] == results["parts"]["step"]["ours"]["flops"] == flops
     expected = flops["backward"] / longest["seconds"]["backward"] / 989e12
     assert longest["mfu"]["backward"] == pytest.approx(expected)
