@@ -208,7 +208,12 @@ def counted_flops(run):
     def product(x, weight, *_, out_shape=None, **__):
         return 2 * math.prod(x) * weight[0]
 
-    kinds = {attention: square, torch.ops.mkldnn._linear_pointwise: product}
+    def batched(x, y, *_, out_shape=None, **__):
+        # transformers 5.17 multiplies positions and frequencies so: one factor, no sum.
+        return 0 if x[2] == 1 else 2 * math.prod(x) * y[2]
+
+    kinds = {attention: square, torch.ops.mkldnn._linear_pointwise: product,
+             torch.ops.aten.bmm: batched}  # fmt: skip
     with FlopCounterMode(display=False, custom_mapping=kinds) as counter:
         run()
     return counter.get_total_flops()
