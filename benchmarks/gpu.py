@@ -5,7 +5,7 @@
     python benchmarks/gpu.py --device cpu --tiny --json tiny.json        every line of it, on a CPU
 
     rollout   vision tower, prefill, decoding: milliseconds and kernels a token, and the floor that
-              reading weights and cache sets; with FSDP's hooks, as in a run, and without
+              reading weights and cache sets
     update    reference, forward and backward pass for responses of several lengths
     step      the whole T-GRPO step
     plain     our step and that of plain_recipe.py
@@ -132,15 +132,10 @@ def toss_coin(text: str, solution: str, problem_type: str) -> float:
     return float(len(text) % 2)
 
 
-def policy_alone(bench: Bench, sharded: bool = True) -> System:
-    """The policy, and no more that stays in memory.
-
-    sharded: by FSDP, with float32 master weights, as in a run; else in the dtype of the passes.
-    """
+def policy_alone(bench: Bench) -> System:
+    """The policy, sharded as in a run, and nothing else that stays in memory."""
     name, world = bench.config.model, bench.world
-    dtype = torch.float32 if sharded else world.dtype
-    sharding = partial(shard, world=world) if sharded else None
-    policy = load_model(name, world.device, dtype, sharding)
+    policy = load_model(name, world.device, shard=partial(shard, world=world))
     enable_checkpointing(policy)
     optimizer = SGD(policy.parameters(), lr=1e-6, foreach=False)  # the same lines on any device
     return System(world, policy, policy, optimizer, load_tokenizer(name), load_normalisation(name))
@@ -150,26 +145,20 @@ def policy_alone(bench: Bench, sharded: bool = True) -> System:
 
 
 def rollout(bench: Bench) -> dict:
-    variants = {"as in a run": True, "without FSDP": False}
-    return {name: rollout_of(bench, sharded) for name, sharded in variants.items()}
-
-
-def rollout_of(bench: Bench, sharded: bool) -> dict:
-    system, num_tokens = policy_alone(bench, sharded), bench.config.max_new_tokens
+    system, num_tokens = policy_alone(bench), bench.config.max_new_tokens
     found = measure(bench, system, rl_step.sample_step, num_tokens)
     load, itemsize = counting.Load(**found["load"]), bench.world.dtype.itemsize
     num_weights = rl_step.num_decode_weights(system.policy)
     needed = counting.decode_bytes(system.policy.config, load, num_weights, itemsize)
     seconds, floor = found["seconds"]["rollout.decode"], needed / bench.sheet.memory
     few, more = (count_kernels(bench, system, number) for number in PROFILED)
-    if not sharded:  # plan.py knows no such case
-        found |= {"holds": "weights of the passes alone", "predicted_gib_by_phase": {}}
-    return found | {
+    found |= {
         "ms_per_token": 1e3 * seconds / num_tokens,
         "floor_ms_per_token": 1e3 * floor / num_tokens,
         "share_of_bandwidth": floor / seconds,
         "kernels_per_token": (more - few) / (PROFILED[1] - PROFILED[0]),
     }
+    return {"ours": found}
 
 
 def count_kernels(bench: Bench, system: System, num_tokens: int) -> int:
@@ -299,22 +288,17 @@ def open_results(file: Path, flags: GpuConfig) -> dict:
     return results
 
 
-def write_results(file: Path, results: dict) -> None:
-    """All of the file or none of it, whenever the job is killed."""
-    scratch = file.with_name(f".{file.name}")
-    scratch.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    os.replace(scratch, file)
-
-
 def main() -> None:
     flags = parse_flags(GpuConfig, "One GPU on the real shapes, with random weights.")
     if flags.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    file = Path(flags.json)
+    scratch = file.with_name(f".{file.name}")
     torch.manual_seed(0)
     with process_group() as world, ExitStack() as stack:
         require(world.device.type == flags.device, "no GPU here; --device cpu --tiny needs none")
         require(world.size == 1, "this benchmark measures one process: start it without torchrun")
-        results = open_results(Path(flags.json), flags)
+        results = open_results(file, flags)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         shapes, sizes = (TINY, TINY_SIZES) if flags.tiny else (plan.OFFICIAL[flags.model], SIZES)
         config = StepConfig(model=str(folder), video=str(folder / "noise.y4m"), **sizes)
@@ -327,11 +311,12 @@ def main() -> None:
         bench = Bench(world, config, plan.GPUS[flags.gpu], results["machine"])
         for part in flags.parts:
             if part in results["parts"]:
-                log(f"{part}: {flags.json} has it")
+                log(f"{part}: {file} has it")
                 continue
             gc.collect()  # the model of the part before
             results["parts"][part] = found = PARTS[part](bench)
-            write_results(Path(flags.json), results)
+            scratch.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            os.replace(scratch, file)  # whole whenever the job is killed
             log("\n".join(table(f"{part}, {case}", figures) for case, figures in found.items()))
 
 

@@ -137,19 +137,18 @@ def test_every_part_is_measured_once(tmp_path, monkeypatch, capsys):
     assert any(advantage.any() for advantage in advantages)  # else all gradients would be zero
 
     # By hand: a video of 2 grids of 4 x 4 patches, 3 and 2 rows of 12 tokens.
-    cases = results["parts"]["rollout"]
-    load = Load(**cases["as in a run"]["load"])
+    found = results["parts"]["rollout"]["ours"]
+    load = Load(**found["load"])
     assert (load.grids, load.num_rows, load.response_tokens) == ([[2, 4, 4]], 5, 12)
     config = plan.Qwen2_5_VLConfig(**gpu.TINY)
     flops = counting.step_flops(config, load)
     layer = 64 * (2 * 64 + 2 * 32 + 3 * 128) + 2 * 64 + 64 + 2 * 32  # matrices, norms, biases
     num_weights = 2 * layer + 64 + 1024 * 64
     floor = counting.decode_bytes(config, load, num_weights, itemsize=4) / 3.35e12
-    for found in cases.values():
-        seconds = found["seconds"]["rollout.decode"]
-        assert found["floor_ms_per_token"] == pytest.approx(1e3 * floor / 12)
-        assert found["share_of_bandwidth"] == pytest.approx(floor / seconds)
-        assert found["flops"] == flops and found["kernels_per_token"] > 100
+    assert found["floor_ms_per_token"] == pytest.approx(1e3 * floor / 12)
+    seconds = found["seconds"]["rollout.decode"]
+    assert found["share_of_bandwidth"] == pytest.approx(floor / seconds)
+    assert found["flops"] == flops and found["kernels_per_token"] > 100
     longest = results["parts"]["update"]["12 tokens"]
     assert longest["flops"] == results["parts"]["step"]["ours"]["flops"] == flops
     expected = flops["backward"] / longest["seconds"]["backward"] / 989e12
