@@ -49,12 +49,17 @@ GPUS_PER_NODE = 8
 
 # Parts of several phases.
 GRADIENTS, SAVED, FSDP = "gradients, float32", "saved activations", "FSDP: gathered, in transit"
+ADAMW, REFERENCE = "AdamW, two moments", "reference, shard"
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Dense bfloat16 FLOP/s, memory and NVLink (one direction) bytes/s: NVIDIA's data sheets.
-    Network bytes/s per GPU: DGX systems."""
+    """SXM modules by NVIDIA's data sheets: dense bfloat16 FLOP/s (half of those with sparsity), and
+    bytes/s of memory and of NVLink in one direction (half of both directions).
+
+    Network bytes/s per GPU: an adapter of 200 Gb/s (DGX A100 user guide) or 400 Gb/s (DGX H100 and
+    H200, DGX BasePOD reference architecture) for each.
+    """
 
     gib: float
     flops: float
@@ -70,6 +75,8 @@ GPUS = {
     "H200": Gpu(140, 989e12, 4.8e12, 450e9, 50e9),
 }
 # Fraction of the data sheet's figures, from slow to fast: assumed, not measured with this code.
+# Elsewhere: 33 to 39% MFU on 8 H100, 57 to 58% on 64 A100 (FSDP2 with an 8B model, torchtitan's
+# docs/performance.md).
 EFFICIENCY = {"compute": (0.3, 0.6), "memory": (0.3, 0.6), "links": (0.5, 0.8)}
 KERNELS_PER_LAYER = 42  # per decoded token: 1,180 counted at 28 layers
 LAUNCH_SECONDS = (27e-6, 18e-6)  # per kernel of an eager decoding step, assumed
@@ -242,8 +249,8 @@ def estimate(config: Qwen2_5_VLConfig, flags: PlanConfig, on_gpu: bool = True) -
     trained = groups.trained_shard(num_shards, flags.freeze_vision)
     always = {
         "policy, float32, shard": 4 * shard,
-        "AdamW, two moments": 8 * trained,
-        "reference, shard": c * shard,
+        ADAMW: 8 * trained,
+        REFERENCE: c * shard,
     }
     rows_per_prompt = (flags.group_size, flags.shuffled_group_size)
     phases = generation(config, groups, load, [rows for rows in rows_per_prompt if rows], c)

@@ -101,7 +101,11 @@ class StepConfig:
 
 @dataclass(frozen=True)
 class System:
-    """What a step works with, made as train_rl.train makes it."""
+    """What a step works with, made as train_rl.train makes it.
+
+    Where that does not fit on one GPU, gpu.py takes the policy for its own reference, and an
+    optimizer without state.
+    """
 
     world: World
     policy: torch.nn.Module
@@ -144,16 +148,24 @@ def read_prompts(system: System, config: RLConfig, video: str, step: int) -> lis
 
 def our_step(system: System, batch: list[list[Prompt]], config: RLConfig, meter: Meter) -> None:
     """One step as train_rl.train takes it, after the prompts are made."""
-    policy = system.policy
-    with meter("rollout"), unsharded(policy):
-        rollouts = train_rl.sample_rollouts(policy, system.tokenizer, batch, config, step=0)
+    learn_step(system, sample_step(system, batch, config, meter), config, meter)
+
+
+def sample_step(system: System, batch: list[list[Prompt]], config: RLConfig, meter: Meter) -> list:
+    """The rollouts of a step: for each prompt an ordered and a shuffled one."""
+    with meter("rollout"), unsharded(system.policy):
+        return train_rl.sample_rollouts(system.policy, system.tokenizer, batch, config, step=0)
+
+
+def learn_step(system: System, rollouts: list, config: RLConfig, meter: Meter) -> None:
+    """What a step does with its rollouts."""
     with meter("reward"):
         groups = [train_rl.score_group(*pair, config) for pair in rollouts]
     with meter("reference"), torch.no_grad():
         logps_ref = reference_logprobs(system.reference, groups)
     with meter("backward"):  # and, in phases of their own, forward and optimizer
         train_rl.update_policy(
-            policy, system.optimizer, [groups], [logps_ref], config, system.world,
+            system.policy, system.optimizer, [groups], [logps_ref], config, system.world,
             config.learning_rate,
         )  # fmt: skip
 
@@ -174,7 +186,7 @@ def split_phases(system: System, meter: Meter) -> Iterator[None]:
         (train_rl, "logprobs", lambda *_: "forward"),
         (train_rl, "update", lambda *_: "optimizer"),
     ]
-    for inner in (system.policy.model, system.reference.model):
+    for inner in {system.policy.model, system.reference.model}:
         calls += [(inner.visual, "forward", vision), (inner.language_model, "forward", prefill)]
     with ExitStack() as stack:
         for owner, name, phase_of in calls:
@@ -202,7 +214,7 @@ def measure_step(
         take_step(system, batch, config, meter)
     ordered = [prompts[0] for prompts in batch]
     return {
-        "seconds": {phase: meter.seconds.get(phase, 0.0) for phase in PHASES},
+        "seconds": {phase: meter.seconds[phase] for phase in PHASES if phase in meter.seconds},
         "peaks": meter.peaks,
         "before": before,
         "load": Load(
@@ -234,14 +246,14 @@ def summarise(measured: list[dict], alone: dict, flops: dict[str, int], matmul: 
     """One recipe: medians of the measured steps' seconds, shares of the matrix product's FLOP/s,
     and the peaks of the step that began with released memory."""
     seconds = {
-        phase: statistics.median(one["seconds"][phase] for one in measured) for phase in PHASES
+        phase: statistics.median(one["seconds"][phase] for one in measured)
+        for phase in measured[0]["seconds"]
     }
     totals = [sum(one["seconds"].values()) for one in measured]
     shares = {
-        phase: flops[phase] / seconds[phase] / matmul
-        for phase in PHASES if phase in flops and seconds[phase]
-    }  # fmt: skip
-    useful = sum(flops.values()) - flops["recompute"]
+        phase: flops[phase] / seconds[phase] / matmul for phase in seconds if phase in flops
+    }
+    useful = sum(flops[phase] for phase in shares)  # without what is recomputed
     return {
         "total_seconds": statistics.median(totals),
         "seconds": seconds,
@@ -250,7 +262,7 @@ def summarise(measured: list[dict], alone: dict, flops: dict[str, int], matmul: 
         "share_of_matmul": shares,
         "total_share_of_matmul": useful / statistics.median(totals) / matmul,
         "peak_gib": max(alone["peaks"].values()) / GIB,
-        "peak_gib_by_phase": {phase: alone["peaks"].get(phase, 0) / GIB for phase in PHASES},
+        "peak_gib_by_phase": {phase: alone["peaks"][phase] / GIB for phase in seconds},
         "before_gib": alone["before"] / GIB,
     }
 
@@ -276,10 +288,12 @@ def predicted_memory(system: System, config: StepConfig, load: Load) -> dict[str
     shared |= {"num_gpus": 1, "prompts_per_step": config.prompts_per_rank}
     on_gpu = system.world.device.type == "cuda"
     phases = plan.estimate(system.policy.config, plan.PlanConfig(**shared), on_gpu)
-    return {
-        phase: max(sum(phases[part].values()) for part in parts) / GIB
-        for phase, parts in PREDICTED.items()
-    }
+    absent = (plan.ADAMW, plan.REFERENCE) if system.reference is system.policy else ()
+
+    def held(phase: str) -> int:
+        return sum(size for part, size in phases[phase].items() if part not in absent)
+
+    return {phase: max(map(held, parts)) / GIB for phase, parts in PREDICTED.items()}
 
 
 def num_decode_weights(model) -> int:

@@ -100,6 +100,9 @@ def choose_device(cpu_fallback: bool = False) -> torch.device:
         require(cpu_fallback, f"{found}: start {num_gpus} at most (--nproc_per_node {num_gpus})")
         log(f"{found}: running on CPU")
         return torch.device("cpu")
+    # Shapes change with every step, and segments of a fixed size fragment. torch reads this at its
+    # first allocation, and the older PYTORCH_CUDA_ALLOC_CONF before it: a user's setting wins.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     # On H100 it is the default from torch 2.11 on. With a mask it can give NaN gradients (pytorch
     # issue 196678), and it compiles a plan for each new length: seconds in every rollout.
     torch.backends.cuda.enable_cudnn_sdp(False)

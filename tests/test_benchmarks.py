@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import model as model_module
 import sampling
 import train_rl
-from benchmarks import counting, measure, plain_recipe, plan, rl_step
+from benchmarks import counting, gpu, measure, plain_recipe, plan, rl_step
 from benchmarks.counting import Load
 from infra.errors import UserError
 from infra.optim import make_optimizer
@@ -96,6 +96,77 @@ def test_prompts_of_a_step_weigh_the_same_in_both_recipes(base):
     assert config.prompts_per_step == config.prompts_per_rank == 3
 
 
+# ---------------------------------------------------------------------------------------- gpu.py
+
+
+def run_gpu(monkeypatch, file, *flags):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # what the program sets is undone
+    argv = ["gpu.py", "--device", "cpu", "--tiny", "--json", str(file), *flags]
+    monkeypatch.setattr(sys, "argv", argv)
+    gpu.main()
+    return json.loads(file.read_text())
+
+
+def numbers(value):
+    """All numbers in what a JSON file holds."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [number for item in value for number in numbers(item)]
+    return [value] if isinstance(value, (int, float)) else []
+
+
+def test_every_part_is_measured_once(tmp_path, monkeypatch, capsys):
+    advantages = []
+
+    def spy(policy, optimizer, batches, *rest, update_policy=train_rl.update_policy):
+        advantages.extend(group.advantages for group in batches[0])
+        return update_policy(policy, optimizer, batches, *rest)
+
+    monkeypatch.setattr(train_rl, "update_policy", spy)
+    file = tmp_path / "tiny.json"
+    assert list(run_gpu(monkeypatch, file, "--parts", "update")["parts"]) == ["update"]
+    first = file.read_text()
+    results = run_gpu(monkeypatch, file)
+    assert f"update: {file} has it" in capsys.readouterr().out
+    assert results["parts"]["update"] == json.loads(first)["parts"]["update"]
+    assert results["parts"].keys() == gpu.PARTS.keys()
+    assert (results["gpu"], results["flags"]["tiny"]) == ("CPU", True)
+    assert results["versions"]["torch"] == torch.__version__
+    assert all(map(math.isfinite, numbers(results)))
+    assert any(advantage.any() for advantage in advantages)  # else all gradients would be zero
+
+    # By hand: a video of 2 grids of 4 x 4 patches, 3 and 2 rows of 12 tokens.
+    found = results["parts"]["rollout"]["ours"]
+    load = Load(**found["load"])
+    assert (load.grids, load.num_rows, load.response_tokens) == ([[2, 4, 4]], 5, 12)
+    config = plan.Qwen2_5_VLConfig(**gpu.TINY)
+    flops = counting.step_flops(config, load)
+    layer = 64 * (2 * 64 + 2 * 32 + 3 * 128) + 2 * 64 + 64 + 2 * 32  # matrices, norms, biases
+    num_weights = 2 * layer + 64 + 1024 * 64
+    floor = counting.decode_bytes(config, load, num_weights, itemsize=4) / 3.35e12
+    assert found["floor_ms_per_token"] == pytest.approx(1e3 * floor / 12)
+    seconds = found["seconds"]["rollout.decode"]
+    assert found["share_of_bandwidth"] == pytest.approx(floor / seconds)
+    assert found["flops"] == flops and found["kernels_per_token"] > 100
+    longest = results["parts"]["update"]["12 tokens"]
+    assert longest["flops"] == results["parts"]["step"]["ours"]["flops"] == flops
+    expected = flops["backward"] / longest["seconds"]["backward"] / 989e12
+    assert longest["mfu"]["backward"] == pytest.approx(expected)
+    theirs = results["parts"]["plain"]["plain"]
+    assert theirs["flops"] == counting.step_flops(config, load, plain=True)
+    assert theirs["agreement_nats"] < 1e-4
+    # The step holds reference and AdamW as well: 10 bytes more per parameter on a GPU, 12 here.
+    held = [results["parts"][part]["ours"] for part in ("step", "plain")]
+    assert [case["holds"] for case in held] == ["policy, reference, AdamW", "policy"]
+    gib = [case["predicted_gib_by_phase"]["forward"] for case in held]
+    total = plan.numel(plan.count_groups(config).all)
+    assert gib[0] - gib[1] == pytest.approx(12 * total / 2**30)
+
+    with pytest.raises(UserError, match="has results of flags"):
+        gpu.open_results(file, gpu.GpuConfig(model="7B", device="cpu", tiny=True))
+
+
 # ------------------------------------------------------------------------------------ measure.py
 
 
@@ -136,7 +207,12 @@ def counted_flops(run):
     def product(x, weight, *_, out_shape=None, **__):
         return 2 * math.prod(x) * weight[0]
 
-    kinds = {attention: square, torch.ops.mkldnn._linear_pointwise: product}
+    def batched(x, y, *_, out_shape=None, **__):
+        # transformers 5.17 multiplies positions and frequencies so: one factor, no sum.
+        return 0 if x[2] == 1 else 2 * math.prod(x) * y[2]
+
+    kinds = {attention: square, torch.ops.mkldnn._linear_pointwise: product,
+             torch.ops.aten.bmm: batched}  # fmt: skip
     with FlopCounterMode(display=False, custom_mapping=kinds) as counter:
         run()
     return counter.get_total_flops()
@@ -425,7 +501,9 @@ def test_a_report_is_called_a_prediction(capsys, monkeypatch):
     assert "30% to 60% of compute" in printed
 
 
-CONFIGS = {"rl_step.py": rl_step.StepConfig, "plan.py": plan.PlanConfig}
+CONFIGS = {
+    "rl_step.py": rl_step.StepConfig, "plan.py": plan.PlanConfig, "gpu.py": gpu.GpuConfig
+}  # fmt: skip
 FAULTS = {
     "unknown-flag": ("rl_step.py --model x --video y --rounds 3", "--rounds"),
     "no-video": ("rl_step.py --model x", "--video is missing"),

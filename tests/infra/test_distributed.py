@@ -230,6 +230,7 @@ def test_each_rank_takes_its_gpu_and_no_cudnn_attention(monkeypatch):
     chosen = []
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")  # which it would set for the tests that follow
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     before, tf32 = torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cudnn.allow_tf32
@@ -241,6 +242,41 @@ def test_each_rank_takes_its_gpu_and_no_cudnn_attention(monkeypatch):
         torch.backends.cuda.enable_cudnn_sdp(before)
         torch.backends.cudnn.allow_tf32 = tf32
     assert chosen == [torch.device("cuda", 1)]
+
+
+@pytest.mark.parametrize("given", ["", "max_split_size_mb:512"], ids=["default", "the-users-own"])
+def test_memory_is_allocated_in_segments_that_grow(given, monkeypatch):
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", given)
+    if not given:
+        monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    choose_device()
+    assert os.environ.get("PYTORCH_ALLOC_CONF", "") == given  # a machine without a GPU needs none
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # restored afterwards
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda enabled: None)
+    choose_device()
+    assert os.environ["PYTORCH_ALLOC_CONF"] == (given or "expandable_segments:True")
+
+
+# What torch does with it is checked without a GPU: a value that it cannot parse raises where it is
+# first read.
+READ_LATE = """
+import os, torch
+torch.cuda.device_count()
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:ours")
+torch._C._accelerator_setAllocatorSettings("")
+"""
+
+
+@pytest.mark.parametrize(("given", "read"), [
+    ({}, "ours"), ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:old"}, "old"),
+])  # fmt: skip
+def test_torch_reads_the_variable_late_and_its_older_name_first(given, read):
+    done = subprocess.run(
+        [sys.executable, "-c", READ_LATE], env=ENVIRONMENT | given, text=True, capture_output=True
+    )
+    assert f"but got '{read}'" in done.stderr
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [
