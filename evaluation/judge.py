@@ -65,15 +65,11 @@ def parse_verdict(reply: str) -> bool | None:
 
 def judge_prompts(item: dict) -> list[str]:
     """The texts about an item of a results file: on its question, and on its response."""
-    question = "\n".join([item["problem"], *item["options"]])
-    texts = []
-    for template in JUDGE_PROMPTS.values():
-        before, _, after = template.partition("{question}")
-        # Not by format: braces in a question or a response are left as they are.
-        middle, _, end = after.partition("{response}")
-        response = item["response"] if "{response}" in template else ""
-        texts.append(before + question + middle + response + end)
-    return texts
+    fields = {"question": "\n".join([item["problem"], *item["options"]]),
+              "response": item["response"]}  # fmt: skip
+    # In one pass: braces in a question or a response are left as they are.
+    return [re.sub(r"{(question|response)}", lambda match: fields[match[1]], template)
+            for template in JUDGE_PROMPTS.values()]  # fmt: skip
 
 
 def text_prompt(text: str, tokenizer) -> Prompt:

@@ -19,7 +19,6 @@ from annotate import (
     AnnotateConfig,
     best_try,
     broken_rule,
-    filter_tries,
     repeated_share,
     tries_record,
 )
@@ -92,34 +91,6 @@ def test_the_best_try(tries, place, broken):
     best, rule = best_try(tries, CONFIG)
     assert best is tries[place]
     assert rule == broken
-
-
-def row_of(number, *tries, problem_type="OCR", error=None):
-    return {"row": number, "problem_type": problem_type, "error": error, "tries": list(tries)}
-
-
-def test_counts_by_hand():
-    """Six rows; of several tries the best one counts, once."""
-    records = [
-        row_of(0, made(""), made("<think>b</think><answer>A</answer>"), made()),
-        row_of(1, made(accuracy=0.1), made(""), problem_type="regression"),
-        row_of(2, made(""), made("")),
-        row_of(3, error="x.png: No such file"),
-        row_of(4, made(length=51), problem_type="regression"),
-        row_of(5, made(repetition=0.5), made(length=9)),
-    ]
-    rows = {number: {"n": number, "process": "old", "solution": "s"} for number in range(6)}
-    kept, report = filter_tries(rows, records, CONFIG)
-    assert kept == [
-        {"n": 0, "process": "<think>b</think>", "solution": "s"},
-    ]
-    assert rows[0]["process"] == "old", "the input is left as it is"
-    names = ("rows", "kept", "format", "accuracy", "length", "repetition", "unusable")
-    assert report == {
-        "all": dict(zip(names, (6, 1, 1, 1, 1, 1, 1), strict=True)),
-        "OCR": dict(zip(names, (4, 1, 1, 0, 0, 1, 1), strict=True)),
-        "regression": dict(zip(names, (2, 0, 0, 1, 1, 0, 0), strict=True)),
-    }
 
 
 def test_a_record_by_hand():

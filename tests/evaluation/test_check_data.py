@@ -237,23 +237,12 @@ def test_the_lengths_of_decoded_prompts_and_room_for_the_response(folder, model,
             assert f"6 other rows: median {lengths[2] + room}, max 250\n" in report
 
 
-LONG = {**ROW, "process": f"<think>{'3 ' * 300}</think>"}
-
-
-@pytest.mark.parametrize(
-    ("row", "reason"),
-    [
-        pytest.param({**ROW, "process": "<think>Three.</think>"}, None, id="fits"),
-        pytest.param(LONG, "positions, the model has 250", id="long"),
-    ],
-)
-def test_sft_counts_and_reads_the_response(folder, model, capsys, row, reason):
-    file = write(folder / "one.json", [row])
-    code, report, _ = check(capsys, file, "--stage", "sft", "--model", model)
-    assert code == (reason is not None)
-    if reason:
-        assert "too long for the model: 1 rows\n  row 0 (problem 7): its " in report
-        assert reason in report
+def test_sft_counts_the_response(folder, model, capsys):
+    rows = [{**ROW, "process": f"<think>{'3 ' * count}</think>"} for count in (1, 300)]
+    flags = ["--stage", "sft", "--model", model]
+    code, report, _ = check(capsys, write(folder / "rows.json", rows), *flags)
+    assert re.search("too long for the model: 1 rows\n  row 1 .*: its .* the model has 250", report)
+    assert (code, report.splitlines()[-1]) == (1, "1 of 2 rows would be used")
 
 
 # --------------------------------------------------------------------------------------- the subset

@@ -227,18 +227,6 @@ def test_videomme_leaves_unanswered_questions_out_of_its_own_score_alone():
     assert everything["overall"]["paper"]["score"] == 0.2
 
 
-def test_unusable_media_count_zero_or_not_at_all():
-    rows = [vsi_row("object_counting", 0.8, 0.7), vsi_row("object_counting", 0.6, 0.6, "b"),
-            vsi_row("route_planning", 1.0, video="c")]  # fmt: skip
-    items = make_items([*rows, *({**row, "score": None} for row in rows)])
-    result = score_benchmark("eval_vsibench", items)
-    shown, everything = result["decodable_items"], result["all_items"]
-    assert values(shown["by"]["task"]) == {"object_counting": 0.7, "route_planning": 1.0}
-    assert values(everything["by"]["task"]) == {"object_counting": 0.35, "route_planning": 0.5}
-    assert shown["overall"]["paper"]["score"] == pytest.approx((0.65 + 1) / 2)
-    assert everything["overall"]["paper"]["score"] == pytest.approx((1.3 / 4 + 1 / 2) / 2)
-
-
 # ----------------------------------------------------------------------------------- intervals
 
 
