@@ -138,6 +138,11 @@ class Results:
         finished = len(self._found()) == len(self.batches) and not self.partial.exists()
         if finished:
             log(f"{self.records_file} is finished")
+        else:  # before the model is loaded
+            folder = self.records_file.parent
+            there = next(path for path in (folder, *folder.parents) if path.exists())
+            require(there.is_dir() and os.access(there, os.W_OK),
+                    f"{self.records_file} cannot be written: see {there}")  # fmt: skip
         return finished
 
     def _is_ours(self, file: Path) -> bool:

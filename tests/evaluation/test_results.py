@@ -146,6 +146,12 @@ def test_what_may_be_replaced_is_replaced_after_a_line(
     assert len((tmp_path / f"{NAME}.jsonl").read_text().splitlines()) == 6
 
 
+def test_a_place_that_cannot_be_written_is_named_before_any_work(tmp_path, world):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=f"{NAME}.jsonl cannot be written: see .*/file$"):
+        open_results(tmp_path / "file/folder", world)
+
+
 @pytest.mark.parametrize("name", [f"{NAME}.summary.json", f"{NAME}.partial/settings.json"])
 def test_a_damaged_file_is_named(tmp_path, world, name):
     (tmp_path / f"{NAME}.partial").mkdir()
