@@ -14,7 +14,7 @@ Each kept row is written unchanged, with the teacher's reasoning added as `proce
 learn stays the row's own solution, since the teacher's may be worse (OCR, free-form, regression).
 
     <out>                    a JSON list, rows in the file's order: --data of train_sft.py
-    <out>.report.json        how many rows were kept and dropped, by rule and by problem type
+    <out>.report.json        rows kept and dropped, by rule and by problem type; settings
     <out>.tries.*            every try with what the rules ask of it, and how they were generated
 
 The same command resumes, on any number of ranks (results.py). With other rules, --overwrite true
@@ -35,15 +35,12 @@ from evaluation.answering import PATIENCE, Answer, fixed_batches, provenance, re
 from evaluation.results import (
     Results,
     file_sha256,
-    file_size,
-    is_made_by,
     read_records,
-    read_summary,
     write_json,
     write_whole,
 )
 from infra.distributed import World, log, main_does, process_group, run_main
-from infra.errors import UserError, require
+from infra.errors import require
 from infra.flags import flag, parse_config
 from rewards import accuracy_reward, format_reward
 
@@ -77,7 +74,7 @@ class AnnotateConfig(MediaConfig):
     data: str = flag("", "data file, JSON list or JSON lines in the official RL format")
     data_root: str = flag("", "what the rows' paths are relative to; default: the data's folder")
     out: str = flag("", "the file to write, a JSON list in the official SFT format")
-    overwrite: bool = flag(False, "replace what other settings made in the place of --out")
+    overwrite: bool = flag(False, "replace --out, and tries that other settings made")
     num_samples: int = flag(4, "tries per row", low=1)
     batch_size: int = flag(8, "rows that are answered together, per rank", low=1)
     max_new_tokens: int = flag(768, "length of a try at most, in tokens (App. D)", low=1)
@@ -102,8 +99,9 @@ class AnnotateConfig(MediaConfig):
         require(self.min_length <= self.max_length, "--min_length is above --max_length")
         require(self.out, "--out FILE.json is needed")
         out = Path(self.out)
-        require(not out.is_dir(), f"--out {out} is a folder")
         require(out.resolve() != Path(self.data).resolve(), "--out and --data are the same file")
+        free = not out.exists() or (self.overwrite and out.is_file())
+        require(free, f"--out {out} is there: name another, or replace a file by --overwrite true")
 
 
 TOY_DEFAULTS = {
@@ -191,25 +189,17 @@ def tries_record(found: Answer) -> dict:
         ]  # fmt: skip
     return {
         "row": sample.row, "problem_id": sample.problem_id, "problem_type": sample.problem_type,
-        "path": sample.path, "file_size": file_size(sample.path), "error": found.error,
-        "tries": tries,
+        "path": sample.path, "file_state": found.file_state, "error": found.error, "tries": tries,
     }  # fmt: skip
 
 
 def annotate(config: AnnotateConfig, world: World) -> None:
-    """Write --out and its report from the tries, which are generated where they are not there.
-
-    Raises:
-        UserError: naming the flag, or the file, its row, or what is in the place of --out.
-    """
+    """Write --out and its report from the tries, which are generated where they are not there."""
     samples = load_samples(config.data, config.data_root or None)
     template = load_template(config.prompt_template)
     made_by = provenance(config, NOT_IN_TRIES, world, template)
     made_by["data_sha256"] = file_sha256(config.data)
-    rules = {name: value for name, value in asdict(config).items() if name in RULE_FLAGS}
-    out = Path(config.out)
-    main_does(world, lambda: make_room(out, made_by | rules, config.overwrite))
-    batches = fixed_batches(samples, config.batch_size)
+    out, batches = Path(config.out), fixed_batches(samples, config.batch_size)
     tries = Results(
         out.parent, f"{out.name}.tries", made_by, world, batches, overwrite=config.overwrite
     )
@@ -224,44 +214,21 @@ def annotate(config: AnnotateConfig, world: World) -> None:
                 in_step=config.sharded_generation,
             )
     if world.is_main:
-        write(out, tries, made_by | rules, config)
-        print_report(config, read_summary(report_file(out)))
+        rows, _ = read_rows(Path(config.data))
+        kept, counts = filter_tries(rows, read_records(tries.records_file), config)
+        # The report comes first: where --out is, it is whole and has its report.
+        report = out.with_name(f"{out.name}.report.json")
+        write_json(report, {"rows": counts, "settings": asdict(config)})
+        write_whole(out, json.dumps(kept, indent=1) + "\n")
+        print_report(config, counts)
 
 
-def report_file(out: Path) -> Path:
-    return out.with_name(f"{out.name}.report.json")
-
-
-def make_room(out: Path, made_by: dict, overwrite: bool) -> None:
-    """Raise UserError unless --out can be written, and replaces nothing that it must not."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror}") from None
-    if out.exists():
-        require(overwrite or report_file(out).exists(), f"{out} has no report of what made it: "
-                "name another --out, or replace it by --overwrite true")  # fmt: skip
-        is_made_by(report_file(out), made_by, overwrite=overwrite)
-
-
-def write(out: Path, tries: Results, made_by: dict, config: AnnotateConfig) -> None:
-    """Filter the tries into --out and its report. On rank 0.
-
-    The report comes first: where --out is, it is whole and has its report.
-    """
-    rows, _ = read_rows(Path(config.data))
-    kept, report = filter_tries(rows, read_records(tries.records_file), config)
-    about = read_summary(tries.summary_file) | {"provenance": made_by}
-    write_json(report_file(out), {"rows": report, **about})
-    write_whole(out, json.dumps(kept, indent=1) + "\n")
-
-
-def print_report(config: AnnotateConfig, report: dict) -> None:
+def print_report(config: AnnotateConfig, report: dict[str, dict[str, int]]) -> None:
     """The counts as a table, and how to train on what was written."""
     columns = ("rows", *OUTCOMES)
     log(f"\n{config.out}: rows kept, and dropped by the rule that the best try breaks\n")
     log(f"{'':15}{''.join(f'{name:>11}' for name in columns)}")
-    for kind, counts in report["rows"].items():
+    for kind, counts in report.items():
         log(f"{kind:15}{''.join(f'{counts[name]:11}' for name in columns)}")
     root = config.data_root or Path(config.data).parent
     log(f"\nto train on it: train_sft.py --data {config.out} --data_root {root}")

@@ -177,7 +177,13 @@ def evaluate(config: EvalConfig, world: World, is_toy: bool) -> list[dict]:
         for (path, order), results in jobs.items():
             if not results.finished:
                 here = replace(config, order=order)
-                compute(results, answers, here, partial(summary_of, here, path, is_toy))
+                results.run(
+                    lambda batches, order=order: (
+                        (number, [item_record(found, order) for found in batch])
+                        for number, batch in answers(batches, order)
+                    ),
+                    partial(summary_of, here, path, is_toy), in_step=config.sharded_generation,
+                )  # fmt: skip
             if world.is_main:
                 summaries.append(read_summary(results.summary_file))
                 if not is_toy:
@@ -185,17 +191,6 @@ def evaluate(config: EvalConfig, world: World, is_toy: bool) -> list[dict]:
                 if order == orders[-1]:
                     write_gaps(folder, Path(path).stem, orders, quiet=is_toy)
     return summaries
-
-
-def compute(results: Results, answers, config: EvalConfig, summarise_items) -> None:
-    """Answer and score the items of one data file in one order, this rank its share."""
-    results.run(
-        lambda batches: (
-            (number, [item_record(found, config.order) for found in batch])
-            for number, batch in answers(batches, config.order)
-        ),
-        summarise_items, in_step=config.sharded_generation,
-    )  # fmt: skip
 
 
 def summary_of(config: EvalConfig, path: str, is_toy: bool, items: list[dict]) -> dict:
@@ -222,9 +217,8 @@ def evaluate_toy(config: EvalConfig, world: World) -> None:
             lines.append(f"{stage:5}" + "".join(f"{score:18.1f}" for score in scores))
             lines[-1] += f"{scores[0] - scores[1]:+8.1f}" if both else ""
     if world.is_main:
-        count = summaries[0]["n"]
-        print(f"\nThe toy's test set: accuracy in percent over {count} video questions\n")
-        print("\n".join(lines))
+        print("\nThe toy's test set: accuracy in percent over "
+              f"{summaries[0]['n']} video questions\n", *lines, sep="\n")  # fmt: skip
 
 
 def answer_one(config: EvalConfig, world: World) -> None:

@@ -4,8 +4,8 @@
     python plot.py runs/rl runs/rl_plain --out both.png       one colour per run
     python plot.py Video-R1-data/Video-R1-260k.json           writes composition.png beside it
 
-A run is the folder of a training run, finished or not, or its metrics.jsonl; the README explains
-the keys. Pale lines are the steps' values, strong ones a running mean, circles validation.jsonl.
+A run is the folder of a training run, finished or not; the README explains the keys. Pale lines are
+the steps' values, strong ones a running mean over 1/50 of the run, circles validation.jsonl.
 """
 
 import argparse
@@ -73,33 +73,17 @@ class Run:
 
 
 def read_records(path: Path) -> list[dict]:
-    """The records of a file, with steps that rise.
-
-    Where a step goes back, the run was resumed, and what it had recorded from there on is left
-    out: the resumed model never took those steps. A torn last line, of a run that was killed or is
-    writing it, is skipped.
-    """
-    *lines, torn = path.read_text(encoding="utf-8").split("\n")
-    records: list[dict] = []
-    for line in lines:
-        record = json.loads(line)
-        while records and records[-1]["step"] >= record["step"]:
-            records.pop()
-        records.append(record)
-    return records
+    """The records of a file, if it is there, without a last line that is being written."""
+    *lines, _ = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
+    return [json.loads(line) for line in lines]
 
 
-def load_run(path: Path) -> Run:
-    """The run of a folder, or of the metrics.jsonl in it. UserError: it has no step yet."""
-    file = path / "metrics.jsonl" if path.is_dir() else path
-    require(file.is_file(), f"{path} is not a run: there is no file {file}")
-    metrics = read_records(file)
-    require(metrics, f"{file} holds no complete step yet")
-    beside = file.parent / "validation.jsonl"
-    validation = read_records(beside) if beside.exists() else []
-    # Later ones are of steps that a resumed run has not taken again.
-    validation = [record for record in validation if record["step"] <= metrics[-1]["step"]]
-    return Run(file.parent, "RL" if "reward" in metrics[0] else "SFT", metrics, validation)
+def load_run(folder: Path) -> Run:
+    """The run of a folder. UserError: it has no step yet."""
+    metrics, validation = (read_records(folder / f"{name}.jsonl")
+                           for name in ("metrics", "validation"))  # fmt: skip
+    require(metrics, f"{folder} is not a run, or has no step yet: see its metrics.jsonl")
+    return Run(folder, "RL" if "reward" in metrics[0] else "SFT", metrics, validation)
 
 
 def column(records: list[dict], key: str) -> list[float]:
@@ -122,12 +106,9 @@ def running_mean(values: list[float], window: int) -> list[float]:
 # ------------------------------------------------------------------------------------ the figures
 
 
-def draw_runs(runs: list[Run], window: int):
-    """A matplotlib Figure: the panels of the runs' stage that have something to show.
-
-    Args:
-        window: of the running mean, in recorded steps.
-    """
+def draw_runs(runs: list[Run]) -> Figure:
+    """The panels of the runs' stage that have something to show."""
+    window = max(1, max(len(run.metrics) for run in runs) // 50)
     records = [record for run in runs for record in run.metrics + run.validation]
     known = {key for record in records for key in record if record[key] is not None}
     panels = [panel for panel in PANELS[runs[0].stage] if known.intersection(panel[1])]
@@ -169,7 +150,7 @@ def draw_lines(axes, keys: tuple[str, ...], runs: list[Run], window: int) -> Non
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 0.98), ncols=3, fontsize=7)
 
 
-def draw_composition(path: Path, data_root: str):
+def draw_composition(path: Path, data_root: str) -> Figure:
     """Figure 2 from a data file: rows by category and by problem type, the largest first."""
     samples, faults = check_rows(path, data_root or None)
     require(samples, f"{path} holds no row that can be read: {faults[:1]}")
@@ -192,14 +173,12 @@ def main() -> None:
     add = parser.add_argument
     add("paths", nargs="+", type=Path, metavar="PATH", help="runs, or one data file")
     add("--out", type=Path, help="PNG file; default: curves.png or composition.png beside the path")
-    add("--window", type=int, help="of the running mean, in steps; default: 1/50 of the run")
     add("--data_root", default="", help="of a data file; default: its folder")
     options = parser.parse_args()
     first, num_runs = options.paths[0], len(options.paths)
-    require(options.window is None or options.window >= 1, "--window must be at least 1")
     require(num_runs <= len(COLOURS), f"a figure has {len(COLOURS)} colours")
     with matplotlib.rc_context(STYLE):
-        if first.is_file() and first.name != "metrics.jsonl":
+        if first.is_file():
             require(num_runs == 1, f"{first} is a data file: name it alone")
             figure = draw_composition(first, options.data_root)
             out = options.out or first.parent / "composition.png"
@@ -207,8 +186,7 @@ def main() -> None:
             runs = [load_run(path) for path in options.paths]
             same = len({run.stage for run in runs}) == 1
             require(same, "runs of different stages share no figure")
-            window = options.window or max(1, max(len(run.metrics) for run in runs) // 50)
-            figure, out = draw_runs(runs, window), options.out or runs[0].folder / "curves.png"
+            figure, out = draw_runs(runs), options.out or first / "curves.png"
         try:
             figure.savefig(out, dpi=120, format="png")
         except OSError as error:

@@ -1,11 +1,5 @@
 """From samples to responses and their records, for eval.py, validation and annotate.py.
 
-    fixed_batches   the samples, questions on one video next to each other, cut into batches
-    answer          batches to responses, the media decoded ahead
-    responder       the model and the decoders of a config, ready to answer
-    item_record     a response as one line of a results file, scored
-    summarise       accuracy by problem type
-
 Which items share a batch depends on the data and the batch size alone, neither on the number of
 ranks nor on where an interrupted run resumes: either could change the last digit of a logit, and
 with it a near-tie of greedy decoding.
@@ -28,7 +22,7 @@ from data import (
     require_solution,
     submit_decode,
 )
-from evaluation.results import Batch, file_size, fingerprint, model_path
+from evaluation.results import Batch, file_state, fingerprint, model_path
 from evaluation.scores import mean_relative_accuracy
 from infra.distributed import World, log, on_main
 from infra.errors import UserError
@@ -63,11 +57,12 @@ class AnswerSettings:
 
 @dataclass(frozen=True)
 class Answer:
-    """The responses to a sample; or None, and why it cannot be used."""
+    """The responses to a sample; or None, why it cannot be used, and which version of its file."""
 
     sample: Sample
     rollout: Rollout | None
     error: str | None = None
+    file_state: list[int] | None = None  # results.file_state, from before it was decoded
 
 
 # --------------------------------------------------------------------------------------- answering
@@ -108,11 +103,12 @@ def answer(
     for number, samples, frames in _decode_ahead(batches, pool, settings.limits):
         prompts, answers, shown = [], [], {}
         for sample in samples:
+            state, decoded = frames[_file(sample)]
             try:
-                prompt = _prompt(sample, frames[_file(sample)], tokenizer, settings)
+                prompt = _prompt(sample, decoded, tokenizer, settings)
                 require_room(prompt, settings.max_new_tokens, model.config)
             except UserError as error:
-                answers.append(Answer(sample, None, str(error)))
+                answers.append(Answer(sample, None, str(error), state))
                 continue
             if prompt.order != "shuffled":  # the same frames: the same tensor, encoded once
                 pixels = shown.setdefault(_file(sample), prompt.pixel_values)
@@ -134,24 +130,22 @@ def answer(
 
 def _decode_ahead(
     batches: list[Batch], pool: DecoderPool, limits: dict[str, int]
-) -> Iterator[tuple[int, list[Sample], dict[tuple, Future]]]:
-    """Each batch, and the Futures of the frames of its files and of the next batches'.
-
-    A file is decoded once for all of these batches.
-    """
-    frames: dict[tuple, Future] = {}
+) -> Iterator[tuple[int, list[Sample], dict[tuple, tuple]]]:
+    """Each batch, and for its files and the next batches' their state and the Future of their
+    frames. A file is decoded once for all of these batches."""
+    frames: dict[tuple, tuple[list[int] | None, Future]] = {}
     for place, (number, samples) in enumerate(batches):
         window = [sample for _, batch in batches[place : place + 1 + BATCHES_AHEAD]
                   for sample in batch]  # fmt: skip
         for sample in window:
             if _file(sample) not in frames:
-                frames[_file(sample)] = submit_decode(pool, sample, limits)
+                state = file_state(sample.path)
+                frames[_file(sample)] = state, submit_decode(pool, sample, limits)
         frames = {_file(sample): frames[_file(sample)] for sample in window}
         yield number, samples, frames
 
 
 def _prompt(sample: Sample, frames: Future, tokenizer, settings: AnswerSettings) -> Prompt:
-    """A sample ready for the model; UserError if it cannot be used."""
     require_solution(sample)
     require_no_vision_tokens(sample)
     generator = torch.Generator().manual_seed(derive_seed(settings.seed, sample.row))
@@ -241,7 +235,7 @@ def item_record(answer: Answer, order: str) -> dict:
     names = ("row", "problem_id", "problem", "data_type", "problem_type", "options", "path",
              "data_source", "extra", "solution")  # fmt: skip
     record = {name: getattr(sample, name) for name in names} | {
-        "order": order, "error": answer.error, "file_size": file_size(sample.path),
+        "order": order, "error": answer.error, "file_state": answer.file_state,
         **dict.fromkeys(("response", "answer", "length", "ended", "score", "score_paper")),
     }  # fmt: skip
     if rollout is None:
@@ -274,9 +268,6 @@ def summarise(items: list[dict], is_toy: bool = False) -> dict:
             for kind, scores in sorted(by_type.items())
         },
         "num_items": len(items),
-        "unusable": [
-            {key: item[key] for key in ("row", "problem_id", "path", "error")}
-            for item in items
-            if item["score"] is None
-        ],
+        "unusable": [{key: item[key] for key in ("row", "problem_id", "path", "error")}
+                     for item in items if item["score"] is None],  # fmt: skip
     }

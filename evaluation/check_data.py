@@ -141,17 +141,22 @@ def usable(title: str, samples: list[Sample], check: Callable[[Sample], None], f
             check(sample)
             good.append(sample)
         except UserError as error:
-            faults.append(str(error))
+            faults.append(error)
+    print_faults(title, faults)
+    return good
+
+
+def print_faults(title: str, faults: list) -> None:
+    """One line for each row that is not of use."""
     print(f"\n{title}: {len(faults):,} rows")
     for fault in faults[:NUM_LISTED]:
         print(f"  {fault}")
     if len(faults) > NUM_LISTED:
         print(f"  .. and {len(faults) - NUM_LISTED:,} more")
-    return good
 
 
 def require_file(sample: Sample) -> None:
-    """Raise MediaError if the file cannot be opened. A video may be in another container."""
+    """Raise MediaError if the file cannot be opened."""
     check_file(data.video_path(sample.path) if sample.is_video else sample.path)
 
 
@@ -197,40 +202,32 @@ def usable_media(
 ) -> list[Sample]:
     """The samples whose files, as far as --decode looks, can be decoded and, with --model, fit.
     Without --decode one vision token stands for the media: the text alone counts."""
-    rows, results = defaultdict(list), {}  # by path; by row: its length, or why it is of no use
+    of_file, lengths, faults = defaultdict(list), [], {}  # by path; of rows; by row
     for sample in samples:
-        rows[sample.path].append(sample)
-    files = [of_file[0] for of_file in rows.values()]
+        of_file[sample.path].append(sample)
+    files = [rows[0] for rows in of_file.values()]
     if config.decode.isdecimal() and int(config.decode) < len(files):
         files = random.Random(config.seed).sample(files, int(config.decode))
     blank = ((file.path, ONE_TOKEN) for file in files)
     for path, frames in decode_files(files, config) if config.decode else blank:
-        for sample in rows[path]:
+        for sample in of_file[path]:
             try:
-                failed = isinstance(frames, MediaError)
-                results[sample.row] = frames if failed else length(sample, frames)
+                if isinstance(frames, MediaError):
+                    raise frames
+                lengths.append(length(sample, frames))
             except UserError as error:
-                results[sample.row] = error
-
-    def check(sample: Sample) -> None:
-        if isinstance(results.get(sample.row), UserError):
-            raise results[sample.row]
-
-    good = usable("Not decodable, or too long for the model", samples, check)
-    lengths = [result for result in results.values() if isinstance(result, int)]
+                faults[sample.row] = error
+    print_faults("Not decodable, or too long for the model", list(faults.values()))
     if config.model and lengths:
         print(f"  Tokens of prompt and response, {len(lengths):,} other rows: median "
               f"{median_low(lengths):,}, max {max(lengths):,}")  # fmt: skip
-    return good
+    return [sample for sample in samples if sample.row not in faults]
 
 
 def write_subset(file: str, root: Path, used: list[Sample], config: CheckConfig) -> None:
     """Draw N rows of each source without replacement, and write them as they are, in the file's
-    order. What is drawn from a source depends on the seed and on its own rows alone.
-
-    Raises:
-        UserError: a source has fewer usable rows.
-    """
+    order. What is drawn from a source depends on the seed and on its own rows alone. UserError: a
+    source has fewer usable rows."""
     drawn: set[int] = set()
     for source, number in parse_take(config.take).items():
         rows = sorted(sample.row for sample in used if source_of(sample, root) == source)

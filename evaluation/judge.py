@@ -65,15 +65,11 @@ def parse_verdict(reply: str) -> bool | None:
 
 def judge_prompts(item: dict) -> list[str]:
     """The texts about an item of a results file: on its question, and on its response."""
-    question = "\n".join([item["problem"], *item["options"]])
-    texts = []
-    for template in JUDGE_PROMPTS.values():
-        before, _, after = template.partition("{question}")
-        # Not by format: braces in a question or a response are left as they are.
-        middle, _, end = after.partition("{response}")
-        response = item["response"] if "{response}" in template else ""
-        texts.append(before + question + middle + response + end)
-    return texts
+    fields = {"question": "\n".join([item["problem"], *item["options"]]),
+              "response": item["response"]}  # fmt: skip
+    # In one pass: braces in a question or a response are left as they are.
+    return [re.sub(r"{(question|response)}", lambda match: fields[match[1]], template)
+            for template in JUDGE_PROMPTS.values()]  # fmt: skip
 
 
 def text_prompt(text: str, tokenizer) -> Prompt:
@@ -144,14 +140,8 @@ def summarise_verdicts(records: list[dict]) -> dict:
 
 def judged_items(file: Path) -> list[dict]:
     """The items of a results file that a judge can read: those of videos, with a response."""
-    items = read_records(file)
-    for item in items:
-        missing = {"row", "problem_id", "problem", "options", "path", "data_type", "response"}
-        missing -= item.keys()
-        require(not missing, f"{file}: an item lacks {', '.join(sorted(missing))}")
-    items = [
-        item for item in items if item["data_type"] == "video" and item["response"] is not None
-    ]
+    items = [item for item in read_records(file)
+             if item.get("data_type") == "video" and item.get("response") is not None]  # fmt: skip
     require(items, f"{file} has no response to a video question")
     return items
 
@@ -193,7 +183,6 @@ def judge(
 
 
 def print_verdicts(file: Path, summary: dict) -> None:
-    """The share of Figure 6 for one results file, in percent, and what it leaves out."""
     share = percent({"score": summary["grounded"], "interval": summary["interval"]})
     log(f"\n{file}: temporally grounded responses {share} percent of {summary['n']}, judged by "
         f"{summary['judge']}\n  {summary['temporal_questions']} of {summary['num_items']} video "

@@ -113,16 +113,7 @@ def compare(a: str, b: str) -> None:
 
 
 def print_table(folders: list[str]) -> None:
-    """The paper's Table 1 from all summaries below some folders."""
-    for folder in folders:
-        require(Path(folder).is_dir(), f"--table {folder} is no folder")
-    files = {file for folder in folders for file in Path(folder).rglob("*.summary.json")}
-    summaries = [read_summary(file) for file in sorted(files)]
-    print(markdown_table([summary for summary in summaries if "scores" in summary]), end="")
-
-
-def markdown_table(summaries: list[dict]) -> str:
-    """Table 1: the paper's scores over all items, in percent.
+    """Table 1 from all summaries below some folders: the paper's scores over all items, in percent.
 
     A row is a model, a number of frames and, if it is not "ordered", their order. A star marks a
     score with unusable items in it. Files that are not of the six benchmarks are left out.
@@ -130,21 +121,24 @@ def markdown_table(summaries: list[dict]) -> str:
     Raises:
         UserError: two summaries belong in one cell, or none is of one of the six benchmarks.
     """
+    files = {file for folder in folders for file in Path(folder).rglob("*.summary.json")}
     names = [name for name in BENCHMARKS if name != "generic"]
     rows: dict[tuple, dict[str, str]] = {}
-    for summary in summaries:
-        name, frames = benchmark_of(summary["benchmark"]), summary["settings"]["max_frames"]
+    for summary in map(read_summary, sorted(files)):
+        name = benchmark_of(summary.get("benchmark", ""))  # that of a judge has none
         if name == "generic":
             continue
+        frames = summary["settings"]["max_frames"]
         label = summary["model"] + (f" ({summary['order']})" * (summary["order"] != "ordered"))
         cells = rows.setdefault((label, frames), {})
         require(name not in cells, f"two summaries of {name} for {label} with {frames} frames")
         star = "\\*" if summary["unusable"] else ""
         cells[name] = percent(summary["scores"]["all_items"]["overall"]["paper"]).split()[0] + star
-    require(rows, f"--table: no summary of eval.py is of one of {', '.join(names)}")
+    require(rows, f"--table: no summary of eval.py below {' '.join(folders)} is of one of "
+            f"{', '.join(names)}")  # fmt: skip
     header = ["Model", "Frames", *(BENCHMARKS[name].column for name in names)]
     lines = [header, ["---", *["---:"] * (len(header) - 1)]]
     for (label, frames), cells in rows.items():
         lines.append([label, str(frames), *(cells.get(name, "-") for name in names)])
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-    return table + "\n\\* with unusable items, which count 0\n" * ("\\*" in table)
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    print(table + "\n\n\\* with unusable items, which count 0" * ("\\*" in table))

@@ -8,7 +8,7 @@
 The provenance is a flat dict of everything that the records depend on: hashes of the model and the
 data, and the flags that change what is written. Records of two provenances are never mixed. A run
 that was interrupted resumes on any number of ranks, which must all see the folder. A batch in which
-an item's file was missing or broken is computed again once that file has another size.
+an item's file was missing or broken is computed again once that file is another one.
 """
 
 import hashlib
@@ -24,6 +24,7 @@ from pathlib import Path
 import torch.distributed as dist
 from tqdm import tqdm
 
+from data import video_path
 from infra.distributed import World, log, main_does, on_main
 from infra.errors import UserError, require
 from infra.run import claim
@@ -34,7 +35,6 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "pillow")  # named 
 
 
 def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -52,7 +52,7 @@ def fingerprint(name: str) -> str:
 
 
 def input_hashes(config) -> dict[str, str]:
-    """What a resumed run must find unchanged: the weights that it started from, and its rows."""
+    """What a resumed training run must find unchanged."""
     return {"model": fingerprint(config.model), "data": file_sha256(config.data)}
 
 
@@ -61,9 +61,14 @@ def model_path(name: str) -> str:
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
-def file_size(path: str) -> int | None:
-    """The bytes of a file; None if it is not there."""
-    return os.path.getsize(path) if os.path.exists(path) else None
+def file_state(path: str) -> list[int] | None:
+    """[bytes, time of modification in ns] of a row's file, which tell its versions apart; None if
+    it is absent."""
+    try:
+        status = os.stat(video_path(path))
+    except OSError:
+        return None
+    return [status.st_size, status.st_mtime_ns]
 
 
 def differences(old: dict, new: dict) -> dict[str, tuple]:
@@ -80,54 +85,24 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write an object to a file that is whole or not there."""
     write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 def read_records(path: Path) -> list[dict]:
-    """The objects of a .jsonl file; UserError, naming it, if it is not such a file."""
-    try:
-        records = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as results: {error}") from None
-    require(all(isinstance(record, dict) for record in records),
-            f"{path} holds lines that are not objects")  # fmt: skip
-    return records
+    """The objects of a .jsonl file, one a line; UserError, naming it, if it is not such a file."""
+    return _read_objects(path, lambda text: filter(None, text.split("\n")))
 
 
 def read_summary(path: Path) -> dict | None:
-    """The object in a .json file, None if there is no file; UserError, naming it, if it is not such
-    a file."""
-    if not path.is_file():
-        return None
+    """The object in a .json file; None if there is no file."""
+    return _read_objects(path, lambda text: [text])[0] if path.is_file() else None
+
+
+def _read_objects(path: Path, split: Callable[[str], Iterable[str]]) -> list[dict]:
     try:
-        summary = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    require(isinstance(summary, dict), f"{path} does not hold an object")
-    return summary
-
-
-def is_made_by(
-    file: Path, provenance: dict, replaceable: Set[str] = frozenset(), overwrite: bool = False
-) -> bool:
-    """Whether a summary or settings file is there and has this provenance. Only the model's path
-    may be another one: the same model in another place.
-
-    Raises:
-        UserError: it has another one, which differs in more than what is replaceable, and is not
-            to be overwritten; names the differences.
-    """
-    content = read_summary(file)
-    if content is None:
-        return False
-    changed = differences(content.get("provenance") or {}, provenance)
-    words = ", ".join(f"{name} {before!r:.60} and not {now!r:.60}"
-                      for name, (before, now) in changed.items())  # fmt: skip
-    is_ours = changed.keys() <= {"model"}
-    require(overwrite or is_ours or changed.keys() <= replaceable, f"{file} has results of "
-            f"{words}: write elsewhere, or replace it by --overwrite true")  # fmt: skip
-    return is_ours
+        return [dict(json.loads(part)) for part in split(path.read_text("utf-8"))]
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} cannot be read as results: {error}") from None
 
 
 class Results:
@@ -163,13 +138,30 @@ class Results:
         finished = len(self._found()) == len(self.batches) and not self.partial.exists()
         if finished:
             log(f"{self.records_file} is finished")
+        else:  # before the model is loaded
+            folder = self.records_file.parent
+            there = next(path for path in (folder, *folder.parents) if path.exists())
+            require(there.is_dir() and os.access(there, os.W_OK),
+                    f"{self.records_file} cannot be written: see {there}")  # fmt: skip
         return finished
 
     def _is_ours(self, file: Path) -> bool:
-        return is_made_by(file, self.provenance, self.replaceable, self.overwrite)
+        """Whether a summary or settings file is there and has this provenance. Only the model's
+        path may be another one: the same model in another place."""
+        content = read_summary(file)
+        if content is None:
+            return False
+        changed = differences(content.get("provenance", {}), self.provenance)
+        words = ", ".join(f"{name} {before!r:.60} and not {now!r:.60}"
+                          for name, (before, now) in changed.items())  # fmt: skip
+        is_ours = changed.keys() <= {"model"}
+        allowed = is_ours or self.overwrite or changed.keys() <= self.replaceable
+        require(allowed, f"{file} has results of {words}: write elsewhere, or replace it by "
+                "--overwrite true")  # fmt: skip
+        return is_ours
 
-    def _found(self) -> dict[int, list[dict]]:
-        """The records on disk that these settings made, by batch, without those out of date."""
+    def _found(self, also_stale: bool = False) -> dict[int, list[dict]]:
+        """The records on disk that these settings made, by batch."""
         found = []
         if self._is_ours(self.summary_file) and self.records_file.is_file():
             records = {record["row"]: record for record in read_records(self.records_file)}
@@ -181,7 +173,8 @@ class Results:
                 with suppress(ValueError):  # empty, or torn by a kill
                     row = json.loads(line)
                     found.append((row["batch"], row["records"]))
-        return {number: batch for number, batch in found if not _is_stale(batch)}
+        return {number: batch for number, batch in found
+                if also_stale or not _is_stale(batch)}  # fmt: skip
 
     def run(
         self, work: Callable[[list[Batch]], Iterable[tuple[int, list[dict]]]],
@@ -222,7 +215,8 @@ class Results:
         return done
 
     def _finish(self, summarise: Callable[[list[dict]], dict]) -> None:
-        found = self._found()
+        # A file that changed in the meantime makes no batch of this run stale: the next run's are.
+        found = self._found(also_stale=True) | self._found()
         require(len(found) == len(self.batches),
                 f"{self.partial} lacks batches of other ranks: do all see one folder?")  # fmt: skip
         records = sorted((record for batch in found.values() for record in batch), key=_row)
@@ -236,7 +230,7 @@ class Results:
 
 
 def deal(batches: list[list], done: set[int], rank: int, size: int, in_step: bool) -> list[Batch]:
-    """The share of a rank in the batches that are not done, dealt out in turns."""
+    """The share of a rank in the batches that are not done."""
     left: list[Batch] = [pair for pair in enumerate(batches) if pair[0] not in done]
     if in_step:
         left += [(None, [])] * (-len(left) % size)
@@ -245,8 +239,8 @@ def deal(batches: list[list], done: set[int], rank: int, size: int, in_step: boo
 
 def _is_stale(records: list[dict]) -> bool:
     """Whether a file that could not be used has come, gone or changed since."""
-    return any(record["error"] and file_size(record["path"]) != record["file_size"]
-               for record in records if "file_size" in record)  # fmt: skip
+    return any(record["error"] and file_state(record["path"]) != record["file_state"]
+               for record in records if "file_state" in record)  # fmt: skip
 
 
 def _row(item) -> int:

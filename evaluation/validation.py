@@ -4,6 +4,8 @@ The same samples, shuffles and greedy decoding (Section 4.1) every time, so that
 and two runs, can be compared.
 """
 
+from collections.abc import Collection
+
 from config import TrainConfig
 from data import Sample, load_samples
 from evaluation.answering import AnswerSettings, answer, fixed_batches, score_item
@@ -37,8 +39,7 @@ class Validation:
         samples: list[Sample],
     ):
         self.config, self.world, self.pool, self.tokenizer = config, world, pool, tokenizer
-        self.prompt_options = prompt_options
-        self.samples = samples
+        self.prompt_options, self.samples = prompt_options, samples
         self.is_first = True
 
     def is_due(self, step: int, total_steps: int) -> bool:
@@ -49,9 +50,8 @@ class Validation:
         """Validate.
 
         Returns:
-            on rank 0, None elsewhere: n, accuracy, n_shuffled, accuracy_shuffled and gap (see
-            summary), by_type with the same, and unusable: row, problem_id, order and error of each
-            sample that could not be used.
+            on rank 0, None elsewhere: summary of all rows, by_type with the same, and unusable:
+            row, problem_id, order and error of each sample that could not be used.
         Raises:
             UserError, on rank 0: the first validation finds no sample that can be used.
         """
@@ -68,8 +68,8 @@ class Validation:
         rows: dict[str, set[int]] = {}
         for sample in self.samples:
             rows.setdefault(sample.problem_type, set()).add(sample.row)
-        by_type = {kind: counted(scores, rows[kind]) for kind in sorted(rows)}
-        everything = counted(scores, set().union(*rows.values()))
+        by_type = {kind: summary(scores, rows[kind]) for kind in sorted(rows)}
+        everything = summary(scores, set().union(*rows.values()))
         return {**everything, "by_type": by_type, "unusable": unusable}
 
     def _scores(self, policy, order: str) -> tuple[dict[int, float], list[dict]]:
@@ -97,23 +97,21 @@ class Validation:
         return scores, sorted(unusable, key=lambda record: record["row"])
 
 
-def counted(scores: dict[str, dict[int, float]], rows: set[int]) -> dict:
-    """summary, and how many of the rows could be used in each order."""
-    num_used = {order: len(rows & found.keys()) for order, found in scores.items()}
-    return {"n": num_used["ordered"], "n_shuffled": num_used["shuffled"], **summary(scores, rows)}
-
-
 def summary(scores: dict[str, dict[int, float]], rows: set[int]) -> dict[str, float | None]:
-    """accuracy, accuracy_shuffled and gap over some rows, from the scores in each order by row.
+    """Means over some rows, from the scores in each order by row; None where no row could be used.
 
-    gap: the difference over the rows that could be used in both orders. None where there is no row.
+    gap: the difference over the rows that could be used in both orders.
     """
+    ordered, shuffled = (
+        {row: score for row, score in scores[order].items() if row in rows}
+        for order in ("ordered", "shuffled")
+    )
+    gaps = [ordered[row] - shuffled[row] for row in ordered if row in shuffled]
+    return {
+        "n": len(ordered), "accuracy": mean(ordered.values()), "n_shuffled": len(shuffled),
+        "accuracy_shuffled": mean(shuffled.values()), "gap": mean(gaps),
+    }  # fmt: skip
 
-    def mean(order: str, chosen: set[int]) -> float | None:
-        values = [score for row, score in scores[order].items() if row in chosen]
-        return sum(values) / len(values) if values else None
 
-    both = rows & scores["ordered"].keys() & scores["shuffled"].keys()
-    gap = mean("ordered", both) - mean("shuffled", both) if both else None
-    return {"accuracy": mean("ordered", rows), "accuracy_shuffled": mean("shuffled", rows),
-            "gap": gap}  # fmt: skip
+def mean(values: Collection[float]) -> float | None:
+    return sum(values) / len(values) if values else None

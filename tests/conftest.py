@@ -31,6 +31,33 @@ def toy_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def base(toy_folder):
+    """The toy's model folder, untrained."""
+    return str(toy_folder / "runs/toy/base")
+
+
+@pytest.fixture
+def one_process(monkeypatch):
+    """A process of no group, which is left as it was, also after an error."""
+    import torch.distributed as dist  # not before pytest_configure has hidden the GPUs
+
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.fixture
+def world(one_process):
+    """The World of this process alone."""
+    from infra.distributed import process_group
+
+    with process_group() as world:
+        yield world
+
+
+@pytest.fixture(scope="session")
 def killed_base(toy_folder, tmp_path_factory):
     """A folder for kills.py: the toy, and an undisturbed run."""
     folder = tmp_path_factory.mktemp("kills")

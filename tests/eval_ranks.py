@@ -1,17 +1,16 @@
-"""What test_eval.py launches: evaluations in one process group, and an evaluation that is killed.
+"""What test_eval.py launches: rows.json evaluated with model/, in the working folder, by ranks that
+are children of one process, which has imported everything once.
 
-usage: torchrun .. eval_ranks.py ranks OUT MODEL DATA     each way to evaluate, below OUT
-       eval_ranks.py kill OUT MODEL DATA     uninterrupted, below OUT/whole; below OUT/killed killed
-                                             on two ranks, again on one, and resumed to its end
+    one         one rank, then a judge of what it wrote
+    killed      two ranks, killed; one rank, killed; two ranks to the end
+    sharded     two ranks with shards of the weights, then a judge with shards
 """
 
 import os
 import random
 import signal
 import socket
-import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,32 +20,19 @@ from evaluation.judge import judge
 from infra.distributed import die_with_parent, process_group
 
 
-def settings(out, model, data):
-    return EvalConfig(
-        model=model, data=[data], output_dir=out, max_frames=8, batch_size=3, max_new_tokens=24,
-        num_workers=1,
+def work(out, sharded, judges):
+    config = EvalConfig(
+        model="model", data=["rows.json"], output_dir=out, max_frames=8, batch_size=3,
+        max_new_tokens=24, num_workers=1, sharded_generation=sharded,
     )  # fmt: skip
-
-
-def ranks(out, model, data):
-    """Whole weights; with two processes also sharded ones, and a judge with both."""
     with process_group() as world:
-        config = settings(f"{out}/whole", model, data)
         evaluate(config, world, is_toy=False)
-        if world.size == 2:
-            sharded = replace(config, output_dir=f"{out}/sharded", sharded_generation=True)
-            evaluate(sharded, world, is_toy=False)
-            (file,) = Path(out, "whole").rglob("*.ordered.jsonl")
-            for how in ("whole", "sharded"):
-                copy = Path(out, f"{how}-judge.ordered.jsonl")
-                if world.is_main:
-                    copy.write_bytes(file.read_bytes())
-                torch.distributed.barrier()
-                judge(model, [str(copy)], world, 3, how == "sharded", overwrite=False)
+        if judges:
+            judge("model", [f"{out}/model/rows.ordered.jsonl"], world, 8, sharded, overwrite=False)
 
 
-def start(num_ranks, *arguments):
-    """An evaluation in child processes."""
+def start(num_ranks, out, sharded=False, judges=False):
+    """Ranks in child processes."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -56,10 +42,13 @@ def start(num_ranks, *arguments):
         if children[-1] == 0:
             os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(num_ranks),
                            "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}  # fmt: skip
-            with process_group() as world:
-                evaluate(settings(*arguments), world, is_toy=False)
+            work(out, sharded, judges)
             os._exit(0)
     return children
+
+
+def finish(children):
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * len(children)
 
 
 def num_batches(out):
@@ -67,25 +56,24 @@ def num_batches(out):
     return sum(part.read_bytes().count(b'"batch"') for part in parts)
 
 
-def kill(out, model, data):
+def main():
+    finish(start(1, "one", judges=True))
     rng = random.Random(0)
-    arguments = f"{out}/killed", model, data
     for num_ranks in (2, 1):
-        children, goal = start(num_ranks, *arguments), num_batches(out) + rng.randrange(1, 4)
-        while num_batches(out) < goal:
+        children, goal = start(num_ranks, "killed"), num_batches("killed") + rng.randrange(1, 4)
+        while num_batches("killed") < goal:
             time.sleep(0.002)
-        time.sleep(rng.random() * 0.3)
+        time.sleep(rng.random() * 0.05)
         for child in children:
             os.kill(child, signal.SIGKILL)
         ends = {os.waitpid(child, 0)[1] for child in children}
         assert ends == {signal.SIGKILL}, "it had come to its end"
-        print(f"killed {num_ranks} ranks after {num_batches(out)} batches", flush=True)
-    for folder in ("killed", "whole"):
-        (child,) = start(1, f"{out}/{folder}", model, data)
-        assert os.waitpid(child, 0)[1] == 0
+        print(f"killed {num_ranks} ranks after {num_batches('killed')} batches", flush=True)
+    finish(start(2, "killed"))
+    finish(start(2, "sharded", sharded=True, judges=True))
 
 
 if __name__ == "__main__":
     die_with_parent()
     torch.set_num_threads(1)  # sums of floats depend on the number of threads
-    {"ranks": ranks, "kill": kill}[sys.argv[1]](*sys.argv[2:])
+    main()

@@ -2,18 +2,15 @@
 
 import doctest
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from standin import run_script
 
 import plot
 from infra.errors import UserError
-
-ROOT = Path(__file__).parent.parent
 
 
 def rl_step(step: int, **changes) -> dict:
@@ -49,39 +46,32 @@ def test_the_docstring_examples_hold():
     assert result.attempted >= 1 and result.failed == 0
 
 
-def test_a_resumed_run_replaces_the_steps_that_it_takes_again(tmp_path):
-    """Step 4 of the first attempt is no part of the model that resumes at 2."""
-    steps = enumerate([1, 2, 3, 4, 2, 3])
-    lines = "".join(f'{{"step": {step}, "loss": {number}}}\n' for number, step in steps)
-    (tmp_path / "metrics.jsonl").write_text(lines + '{"step": 9, "lo')  # torn: skipped
-    records = plot.read_records(tmp_path / "metrics.jsonl")
-    assert [(record["step"], record["loss"]) for record in records] == [(1, 0), (2, 4), (3, 5)]
-
-
 def test_lines_are_the_values_with_gaps_and_their_mean(tmp_path):
     accuracies = [0.25, 0.75, None, 0.5]
     records = [rl_step(step, accuracy=value) for step, value in enumerate(accuracies, start=1)]
-    # The last is of a step that a resumed run has not taken again.
-    validation = [validation_record(0, 0.5), validation_record(2, 0.75), validation_record(9, 1)]
-    run = plot.load_run(write_run(tmp_path / "rl", records, validation))
-    figure = plot.draw_runs([run], window=2)
+    records += [rl_step(step, accuracy=0.5) for step in range(5, 101)]  # a mean of two steps
+    validation = [validation_record(0, 0.5), validation_record(2, 0.75)]
+    folder = write_run(tmp_path / "rl", records, validation)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 101, "accu')  # is being written
+    figure = plot.draw_runs([plot.load_run(folder)])
     assert [axes.get_title() for axes in figure.axes] == [title for title, _ in plot.PANELS["RL"]]
     raw, mean, circles, *_ = figure.axes[0].get_lines()
-    np.testing.assert_array_equal(raw.get_xdata(), [1, 2, 3, 4])
-    np.testing.assert_array_equal(raw.get_ydata(), [0.25, 0.75, np.nan, 0.5])
-    assert list(mean.get_ydata()) == [0.25, 0.5, 0.75, 0.5]
+    np.testing.assert_array_equal(raw.get_xdata(), range(1, 101))
+    np.testing.assert_array_equal(raw.get_ydata()[:4], [0.25, 0.75, np.nan, 0.5])
+    assert list(mean.get_ydata()[:4]) == [0.25, 0.5, 0.75, 0.5]
     assert (list(circles.get_xdata()), list(circles.get_ydata())) == ([0, 2], [0.5, 0.75])
 
 
 def test_a_panel_without_values_is_left_out(tmp_path):
     run = plot.load_run(write_run(tmp_path / "sft", [sft_step(1)]))
-    shown = [axes.get_title() for axes in plot.draw_runs([run], 1).axes]
+    shown = [axes.get_title() for axes in plot.draw_runs([run]).axes]
     assert shown == [title for title, _ in plot.PANELS["SFT"] if title != "Accuracy in validation"]
 
 
 def test_several_runs_have_a_colour_each_and_their_names(tmp_path):
     folders = [write_run(tmp_path / name, [rl_step(1), rl_step(2)]) for name in ("rl", "old/$_rl")]
-    figure = plot.draw_runs([plot.load_run(folder) for folder in folders], 1)
+    figure = plot.draw_runs([plot.load_run(folder) for folder in folders])
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == list(map(str, folders))
     assert [line.get_color() for line in legend.get_lines()] == list(plot.COLOURS[:2])
@@ -113,13 +103,13 @@ def test_figure_2_of_a_data_file(tmp_path):
 
 
 @pytest.mark.parametrize("path, out", [("rl", "rl/curves.png"), ("d.json", "composition.png")])
-def test_the_command_writes_a_figure_beside_its_input(tmp_path, path, out):
+def test_the_command_writes_a_figure_beside_its_input(tmp_path, monkeypatch, capsys, path, out):
+    monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "rl", [rl_step(1), rl_step(2)])
     (tmp_path / "d.json").write_text(json.dumps(ROWS))
-    command = [sys.executable, ROOT / "plot.py", path]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stderr, done.stdout) == (0, "", f"figure written to {out}\n")
-    with Image.open(tmp_path / out) as image:
+    run_script(plot, path)
+    assert capsys.readouterr() == (f"figure written to {out}\n", "")
+    with Image.open(out) as image:
         assert image.format == "PNG"
 
 
@@ -127,10 +117,9 @@ def test_the_command_writes_a_figure_beside_its_input(tmp_path, path, out):
     "argv, words",
     [
         pytest.param(["nowhere"], "nowhere is not a run", id="no-folder"),
-        pytest.param(["torn"], "torn/metrics.jsonl holds no complete step", id="torn-only-line"),
+        pytest.param(["torn"], "torn .*has no step yet", id="torn-only-line"),
         pytest.param(["rl", "sft"], "different stages", id="two-stages"),
         pytest.param(["rl"] * 8, "7 colours", id="more-runs-than-colours"),
-        pytest.param(["rl", "--window", "0"], "--window", id="window-0"),
         pytest.param(["d.json", "rl"], "d.json is a data file", id="data-file-and-run"),
     ],
 )
@@ -140,6 +129,5 @@ def test_what_cannot_be_drawn_is_one_clear_line(tmp_path, monkeypatch, argv, wor
     write_run(tmp_path / "sft", [sft_step(1)])
     (write_run(tmp_path / "torn", []) / "metrics.jsonl").write_text('{"step": 1')
     (tmp_path / "d.json").write_text(json.dumps(ROWS))
-    monkeypatch.setattr(sys, "argv", ["plot.py", *argv])
     with pytest.raises(UserError, match=words):
-        plot.main()
+        run_script(plot, *argv)

@@ -1,10 +1,12 @@
 """answering.py: fixed batches, shared frames and vision features, unusable samples, scores."""
 
 import dataclasses
+import os
 
 import plain
 import pytest
 import torch
+from standin import rollout_of
 
 from data import Sample, load_samples, make_prompt
 from evaluation import answering
@@ -20,15 +22,10 @@ from evaluation.answering import (
 )
 from infra.video import DecoderPool
 from model import group_logprobs, load_model, load_tokenizer
-from sampling import Rollout, sample_groups
+from sampling import sample_groups
 
 LIMITS = {"max_frames": 8, "min_pixels": 3136, "max_pixels": 200704, "image_max_pixels": 200704}
 SETTINGS = AnswerSettings(LIMITS, {}, max_new_tokens=6)
-
-
-@pytest.fixture(scope="module")
-def base(toy_folder):
-    return str(toy_folder / "runs/toy/base")
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +54,11 @@ def make_sample(row, path="x.mp4", **changes):
     "paths, batch_size, expected",
     [
         pytest.param("abcde", 2, [[0, 1], [2, 3], [4]], id="the-last-is-smaller"),
-        pytest.param("abab", 2, [[0, 2], [1, 3]], id="questions-on-a-video-meet"),
         pytest.param("abbaa", 3, [[0, 3, 4], [1, 2]], id="videos-by-first-appearance"),
         pytest.param("aaaaa", 2, [[0, 1], [2, 3], [4]], id="a-video-over-several-batches"),
     ],
 )
-def test_fixed_batches(paths, batch_size, expected):
+def test_questions_on_a_video_share_a_batch(paths, batch_size, expected):
     samples = [make_sample(row, path) for row, path in enumerate(paths)]
     batches = fixed_batches(samples, batch_size)
     assert [[sample.row for sample in batch] for batch in batches] == expected
@@ -91,68 +87,53 @@ def test_videos_are_decoded_once_and_two_batches_ahead():
     ]  # fmt: skip
 
 
-# ------------------------------------------------------------------------------ shared vision
-
-
-@pytest.fixture(scope="module")
-def questions(toy_folder, tokenizer):
-    """Two questions on one video, one on an image, a third on the video: four Prompts."""
+def test_shared_vision_gives_each_prompt_its_own_logits(model, tokenizer, toy_folder):
+    """Three questions on one video, whose prompts hold one tensor, and one on an image: against
+    the plain pass of each prompt by itself, and the gradients too."""
     samples = load_samples(toy_folder / "runs/toy/data/rl.json")
     video = next(sample for sample in samples if sample.is_video)
     image = next(sample for sample in samples if not sample.is_video)
     texts = ["What happens in the video?", "Which way does it go, and where does it stop?"]
     asked = [dataclasses.replace(video, problem=text, options=()) for text in texts]
-    return [make_prompt(sample, tokenizer) for sample in [*asked, image, video]]
-
-
-def shared(prompts):
-    """The same prompts, those on the video holding one tensor."""
-    pixels = prompts[0].pixel_values
-    return [
-        dataclasses.replace(prompt, pixel_values=pixels) if prompt.is_video else prompt
-        for prompt in prompts
-    ]
-
-
-def test_shared_vision_gives_each_prompt_its_own_logits(model, questions):
-    """Against the plain pass of each prompt by itself, and the gradients too."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(500, (4, 2, 5), generator=generator)
+    each = [make_prompt(sample, tokenizer) for sample in [*asked, image, video]]
+    pixels = each[0].pixel_values
+    shared = [dataclasses.replace(prompt, pixel_values=pixels) if prompt.is_video else prompt
+              for prompt in each]  # fmt: skip
+    ids = torch.randint(500, (4, 2, 5), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids).bool()
-    logps = group_logprobs(model, shared(questions), ids, mask)
-    for prompt, found, responses in zip(questions, logps, ids, strict=True):
+
+    def passes(prompts):
+        model.zero_grad()
+        logps = group_logprobs(model, prompts, ids, mask)
+        logps.sum().backward()
+        return logps, [parameter.grad.clone() for parameter in model.parameters()]
+
+    logps, gradients = passes(shared)
+    for prompt, found, responses in zip(each, logps, ids, strict=True):
         for logp, response in zip(found, responses, strict=True):
             expected = plain.logprobs(model, prompt, response)
             torch.testing.assert_close(logp, expected, atol=2e-5, rtol=0)
-
-    def gradient(prompts):
-        model.zero_grad()
-        group_logprobs(model, prompts, ids, mask).sum().backward()
-        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-
-    one, each = gradient(shared(questions)), gradient(questions)
-    for name in one:
-        torch.testing.assert_close(one[name], each[name], atol=1e-4, rtol=1e-4, msg=name)
+    torch.testing.assert_close(gradients, passes(each)[1], atol=1e-4, rtol=1e-4)
     model.zero_grad(set_to_none=True)
-
-
-# ------------------------------------------------------------------------------- greedy decoding
 
 
 # --------------------------------------------------------------------------------------- answers
 
 
 @pytest.fixture(scope="module")
-def samples(toy_folder):
-    """Seven samples: a video with three questions, a file that is not there, and three rows that
-    cannot be used."""
+def samples(toy_folder, tmp_path_factory):
+    """Seven samples: a video with two questions, a broken file, and three rows that cannot be
+    used."""
     rows = load_samples(toy_folder / "runs/toy/data/rl.json")
     video = next(sample for sample in rows if sample.is_video)
     image = next(sample for sample in rows if not sample.is_video)
+    broken = tmp_path_factory.mktemp("broken") / "x.png"
+    broken.write_bytes(b"no image")
+    os.utime(broken, ns=(5, 5))
     choice = {"problem_type": "multiple choice", "options": ("A. left", "B. right")}
     rows = [
         video,
-        dataclasses.replace(image, path="/none.png"),
+        dataclasses.replace(image, path=str(broken)),
         dataclasses.replace(video, problem="Where does it go?"),
         dataclasses.replace(video, **choice, solution="left"),
         dataclasses.replace(video, problem="What is <|video_pad|>?"),
@@ -178,37 +159,30 @@ def test_answers_and_what_cannot_be_used(model, tokenizer, samples, monkeypatch)
     ((number, answers),) = answers_to(model, tokenizer, [(4, samples)])
     assert number == 4
     found = {one.sample.row: one for one in answers}
-    assert sorted(found) == list(range(7))
-    reasons = {1: "No such file", 3: "option letter", 4: "vision token", 6: "positions"}
-    for row, one in found.items():
+    reasons = {1: "not", 3: "option letter", 4: "vision token", 6: "positions"}
+    for row in range(7):
         if row in reasons:
-            assert one.rollout is None
-            assert reasons[row] in one.error
+            assert reasons[row] in found[row].error
+            record = item_record(found[row], "ordered")
+            assert (record["error"], record["score"]) == (found[row].error, None)
         else:
-            assert one.error is None
-            assert len(one.rollout.texts) == 1
-            assert one.rollout.prompt.sample is one.sample
+            assert found[row].rollout.prompt.sample is found[row].sample is samples[row]
+    assert found[1].file_state == [8, 5] and found[0].file_state is None
     (prompts,) = seen
     assert [prompt.sample.row for prompt in prompts] == [0, 2, 5]
     assert prompts[0].pixel_values is prompts[1].pixel_values
 
 
-@pytest.mark.parametrize("order, shares", [("reversed", True), ("single", True),
-                                           ("shuffled", False)])  # fmt: skip
+@pytest.mark.parametrize("order, shares", [("reversed", True), ("shuffled", False)])
 def test_frames_in_the_same_order_are_shared(model, tokenizer, samples, monkeypatch, order, shares):
     """A shuffle is drawn for each row, so that two questions see two orders."""
     seen = []
-
-    def see(model, tokenizer, prompts, *_):
-        seen.extend(prompts)
-        return []
-
-    monkeypatch.setattr(answering, "sample_groups", see)
+    monkeypatch.setattr(answering, "sample_groups", lambda m, t, prompts, *_: seen.extend(prompts)
+                        or [])  # fmt: skip
     settings = dataclasses.replace(SETTINGS, order=order)
     answers_to(model, tokenizer, [(0, [samples[0], samples[2]])], settings)
     one, other = (prompt.pixel_values for prompt in seen)
-    assert (one is other) == shares
-    assert torch.equal(one, other) == shares
+    assert (one is other) == shares == torch.equal(one, other)
 
 
 def test_several_responses_differ_and_do_not_depend_on_the_batch(model, tokenizer, samples):
@@ -224,43 +198,30 @@ def test_several_responses_differ_and_do_not_depend_on_the_batch(model, tokenize
 # ---------------------------------------------------------------------------------------- records
 
 
-def rollout_of(text):
-    mask = torch.ones(1, 3, dtype=torch.bool)
-    return Rollout(None, mask.long(), mask, torch.tensor([True]), mask.float(), [text])
-
-
 def test_a_record_by_hand():
     sample = make_sample(
         7, "/d/x.mp4", problem_type="regression", solution="<answer>10</answer>",
         extra={"original_question_type": "object_counting"},
     )  # fmt: skip
     text = "<think>So.</think><answer>9.5</answer>"
-    assert item_record(Answer(sample, rollout_of(text)), "reversed") == {
+    assert item_record(Answer(sample, rollout_of(None, text, length=3)), "reversed") == {
         "row": 7, "problem_id": 7, "problem": "What?", "data_type": "video",
         "problem_type": "regression", "options": (), "path": "/d/x.mp4", "data_source": "hand",
         "extra": {"original_question_type": "object_counting"}, "order": "reversed",
-        "solution": "<answer>10</answer>", "error": None, "file_size": None,
+        "solution": "<answer>10</answer>", "error": None, "file_state": None,
         "response": text, "answer": "9.5",
         "length": 3, "ended": True, "score": 1.0, "score_paper": 0.9,
     }  # fmt: skip
-    lost = item_record(Answer(sample, None, "gone"), "reversed")
-    assert lost["error"] == "gone"
-    for key in ("response", "answer", "length", "ended", "score", "score_paper"):
-        assert lost[key] is None
 
 
 @pytest.mark.parametrize(
     "problem_type, solution, response, expected",
     [
         pytest.param("multiple choice", "B", "<answer>(b) left</answer>", 1.0, id="choice"),
-        pytest.param("multiple choice", "B", "B", 0.0, id="choice-without-tags"),
-        pytest.param("OCR", "no entry here now", "<answer>no entry</answer>", 0.5, id="ocr"),
-        # Here the reward of Section 3.1 would be 0.88 and 0.49.
+        # Here the reward of Section 3.1 would be 0.88.
         pytest.param("regression", "<answer>25</answer>", "<answer>28</answer>", 0.8, id="mra"),
-        pytest.param("regression", "10", "<answer>15.1</answer>", 0.0, id="mra-51%"),
         pytest.param("regression", "1,000", "<answer>1,010</answer>", 1.0, id="mra-commas"),
         pytest.param("regression", "10", "10", 0.0, id="mra-without-tags"),
-        pytest.param("regression", "10", "<answer>ten</answer>", 0.0, id="mra-no-number"),
         pytest.param("regression", "10", "<answer>1e999</answer>", 0.0, id="mra-infinite"),
         pytest.param("regression", "many", "<answer>10</answer>", 0.0, id="mra-no-reference"),
     ],
@@ -280,7 +241,7 @@ ITEMS = [
     make_item("multiple choice", 1.0), make_item("multiple choice", 0.0),
     make_item("multiple choice", 1.0, "image"), make_item("numerical", 1.0, "image"),
     make_item("regression", 0.75), make_item("regression", 0.25), make_item("OCR", 0.25, "image"),
-    make_item("multiple choice", None, row=8), make_item("regression", None, row=9),
+    make_item("multiple choice", None, row=8),
 ]  # fmt: skip
 
 
@@ -293,11 +254,10 @@ ITEMS = [
 )
 def test_a_summary_by_hand(is_toy, num_counted, accuracy):
     assert summarise(ITEMS, is_toy) == {
-        "n": num_counted, "accuracy": accuracy, "num_items": 9,
+        "n": num_counted, "accuracy": accuracy, "num_items": 8,
         "by_type": {
             "OCR": {"n": 1, "score": 0.25}, "multiple choice": {"n": 3, "score": 2 / 3},
             "numerical": {"n": 1, "score": 1.0}, "regression": {"n": 2, "score": 0.5},
         },
-        "unusable": [{"row": row, "problem_id": 7, "path": "x.mp4", "error": "gone"}
-                     for row in (8, 9)],
+        "unusable": [{"row": 8, "problem_id": 7, "path": "x.mp4", "error": "gone"}],
     }  # fmt: skip

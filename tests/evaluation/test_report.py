@@ -1,10 +1,11 @@
-"""report.py: the gap files of two orders, a benchmark on the console, Table 1."""
+"""report.py: the gap files of two orders, a benchmark on the console, Table 1. What --compare
+prints is in test_eval.py."""
 
 import json
 
 import pytest
 
-from evaluation.report import markdown_table, print_summary, write_gaps
+from evaluation.report import print_summary, print_table, write_gaps
 from evaluation.scores import score_benchmark
 from infra.errors import UserError
 
@@ -67,13 +68,18 @@ def test_the_console_shows_both_scores_their_groups_and_what_is_unusable(capsys)
     assert "the task of row 0 is unknown" in capsys.readouterr().out
 
 
-def test_table_1():
-    summaries = [
-        summary("eval_mmvu", [1.0, 0.0, 1.0]),
-        summary("eval_mvbench", [1.0, None, None], frames=32),
-        summary("eval_mmvu", [0.0], order="shuffled"),
-        summary("test", [1.0]),
-    ]
+def test_table_1(tmp_path, capsys):
+    def write(name, *summaries):
+        (tmp_path / name).mkdir()
+        for number, content in enumerate(summaries):
+            (tmp_path / name / f"{number}.summary.json").write_text(json.dumps(content))
+        return str(tmp_path / name)
+
+    a = write(
+        "a", summary("eval_mmvu", [1.0, 0.0, 1.0]),
+        summary("eval_mvbench", [1.0, None, None], frames=32), {"judge": "of a judge"},
+    )  # fmt: skip
+    b = write("b", summary("eval_mmvu", [0.0], order="shuffled"), summary("test", [1.0]))
     expected = r"""
 | Model | Frames | VSI-Bench | VideoMMMU | MMVU (mc) | MVBench | TempCompass | VideoMME (wo sub) |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
@@ -83,8 +89,10 @@ def test_table_1():
 
 \* with unusable items, which count 0
 """
-    assert markdown_table(summaries) == expected.lstrip()
+    print_table([a, b])
+    assert capsys.readouterr().out == expected.lstrip()
+    again = write("again", summary("eval_mmvu", [1.0]))
     with pytest.raises(UserError, match="two summaries of mmvu for runs/rl/model with 16 frames"):
-        markdown_table(summaries[:1] * 2)
-    with pytest.raises(UserError, match="no summary of eval.py is of one of vsibench, "):
-        markdown_table(summaries[-1:])
+        print_table([a, again])
+    with pytest.raises(UserError, match="below none is of one of vsibench, "):
+        print_table(["none"])

@@ -23,10 +23,9 @@ def test_the_docstring_examples_hold():
     assert result.attempted >= 1 and result.failed == 0
 
 
-def test_benchmark_of_a_file():
+def test_a_file_of_another_name_is_no_benchmark():
     assert benchmark_of("eval_mvbench") == "mvbench"
-    for name in ("eval_mmvu_small", "mmvu", "eval_generic", "test"):
-        assert benchmark_of(name) == "generic"
+    assert benchmark_of("eval_mmvu_small") == benchmark_of("mmvu") == "generic"
 
 
 # ----------------------------------------------------------------------------------------- MRA
@@ -35,19 +34,12 @@ def test_benchmark_of_a_file():
 @pytest.mark.parametrize(
     "answer, reference, expected, strict",
     [
-        pytest.param(10, 10, 1.0, 1.0, id="exact"),
         pytest.param(9.5, 10, 1.0, 0.9, id="5%-below"),
-        pytest.param(10.5, 10, 1.0, 0.9, id="5%-above"),
         pytest.param(9.51, 10, 1.0, 1.0, id="4.9%"),
-        pytest.param(9.49, 10, 0.9, 0.9, id="5.1%"),
         pytest.param(2.85, 3, 1.0, 0.9, id="5%-of-3"),
-        pytest.param(8, 10, 0.7, 0.6, id="20%"),
-        pytest.param(5, 10, 0.1, 0.0, id="50%"),
         pytest.param(15, 10, 0.1, 0.0, id="50%-above"),
         pytest.param(4.99, 10, 0.0, 0.0, id="50.1%"),
         pytest.param(-9.5, -10, 1.0, 0.9, id="negative"),
-        pytest.param(-10, 10, 0.0, 0.0, id="wrong-sign"),
-        pytest.param(0, 10, 0.0, 0.0, id="0-for-10"),
         pytest.param(0, 0, 1.0, 1.0, id="0-for-0"),
         pytest.param(0.001, 0, 0.0, 0.0, id="something-for-0"),
         pytest.param(1e308, -1e308, 0.0, 0.0, id="huge"),
@@ -119,13 +111,6 @@ def test_vsibench():
     assert paper["score"] == pytest.approx((2.8 / 5 + 5 / 9) / 2)
 
 
-def test_a_task_without_items_is_named():
-    rows = [row for row in VSI_ROWS if row["extra"]["original_question_type"] != "route_planning"]
-    own = score_benchmark("eval_vsibench", make_items(rows))["all_items"]["overall"]["benchmark"]
-    assert own["score"] == pytest.approx(4.4 / 7)
-    assert own["note"] == "no item of route_planning"
-
-
 def lecture(number: int, score: float | None = 1.0, folder: str = "VideoMMMU") -> dict:
     path = f"/data/Evaluation/{folder}/dev_Biology_{(number - 1) % 300}.mp4"
     return {"problem_id": number, "score": score, "path": path}
@@ -188,17 +173,12 @@ INFORMATION = "You will be presented with a video and several pieces of informat
 @pytest.mark.parametrize(
     "row, kind",
     [
-        pytest.param({}, "multi-choice", id="multi-choice"),
-        pytest.param({"options": ["A. yes", "B. no"]}, "yes_no", id="yes-no"),
-        pytest.param(
-            {"problem": "Which caption matches the video better?"}, "caption_matching", id="caption"
-        ),
-        pytest.param({"problem": INFORMATION}, "captioning", id="captioning"),
-        pytest.param({"extra": {"question": INFORMATION}}, "captioning", id="original-question"),
-        pytest.param({"extra": {"mc_question": "What?"}}, "captioning", id="mc-question"),
-        pytest.param({"extra": {"original_question_type": "yes_no"}}, "yes_no", id="named"),
+        ({"problem": "Which caption matches the video better?"}, "caption_matching"),
+        ({"extra": {"question": INFORMATION}}, "captioning"),
+        ({"extra": {"mc_question": "What?"}}, "captioning"),
+        ({"extra": {"original_question_type": "yes_no"}}, "yes_no"),
     ],
-)  # fmt: skip
+)
 def test_tempcompass_kind_of_a_question(row, kind):
     part = score_benchmark("eval_tempcompass", make_items([{"score": 1.0, **row}]))["all_items"]
     assert list(part["by"]["kind"]) == [kind]
@@ -247,28 +227,6 @@ def test_videomme_leaves_unanswered_questions_out_of_its_own_score_alone():
     assert everything["overall"]["paper"]["score"] == 0.2
 
 
-def test_another_file_by_problem_type():
-    rows = [{"score": 1.0}, {"score": 0.0}, {"score": 0.4, "problem_type": "OCR"},
-            {"score": 0.7, "score_paper": 0.6, "problem_type": "regression"}]  # fmt: skip
-    part = score_benchmark("val", make_items(rows))["all_items"]
-    types = {"OCR": 0.4, "multiple choice": 0.5, "regression": 0.7}
-    assert values(part["by"]["problem_type"]) == pytest.approx(types)
-    assert part["overall"]["benchmark"]["score"] == pytest.approx(2.1 / 4)
-    assert part["overall"]["paper"]["score"] == pytest.approx((1.4 / 3 + 0.6) / 2)
-
-
-def test_unusable_media_count_zero_or_not_at_all():
-    rows = [vsi_row("object_counting", 0.8, 0.7), vsi_row("object_counting", 0.6, 0.6, "b"),
-            vsi_row("route_planning", 1.0, video="c")]  # fmt: skip
-    items = make_items([*rows, *({**row, "score": None} for row in rows)])
-    result = score_benchmark("eval_vsibench", items)
-    shown, everything = result["decodable_items"], result["all_items"]
-    assert values(shown["by"]["task"]) == {"object_counting": 0.7, "route_planning": 1.0}
-    assert values(everything["by"]["task"]) == {"object_counting": 0.35, "route_planning": 0.5}
-    assert shown["overall"]["paper"]["score"] == pytest.approx((0.65 + 1) / 2)
-    assert everything["overall"]["paper"]["score"] == pytest.approx((1.3 / 4 + 1 / 2) / 2)
-
-
 # ----------------------------------------------------------------------------------- intervals
 
 
@@ -311,14 +269,14 @@ def test_95_of_100_intervals_hold_the_truth_though_items_share_videos():
     draw = random.Random(0)
     videos = [video for video in range(60) for _ in range(4)]
     held = naive = 0
-    for _ in range(400):
+    for _ in range(200):
         right = [float(draw.random() < 0.6) for _ in range(60)]
         scores_ = [right[v] if v % 4 else float(draw.random() < 0.6) for v in videos]
         mean, (low, high) = weighted_mean(scores_, [1.0] * 240, videos)
         held += low <= 0.6 <= high
         naive += abs(mean - 0.6) <= 1.96 * (mean * (1 - mean) / 240) ** 0.5
-    assert 0.91 <= held / 400 <= 0.98
-    assert naive / 400 < 0.8
+    assert 0.91 <= held / 200 <= 0.98
+    assert naive / 200 < 0.8
 
 
 SHARE_20, SHARE_1 = 1 - 0.025 ** (1 / 20), 0.975  # the first is the textbook's 0.1684
@@ -328,7 +286,6 @@ SHARE_20, SHARE_1 = 1 - 0.025 ** (1 / 20), 0.975  # the first is the textbook's 
     "scores_, videos, expected",
     [
         pytest.param([0.0] * 20, range(20), [0.0, 0.1684], id="0-of-20"),
-        pytest.param([1.0] * 20, range(20), [1 - 0.1684, 1.0], id="20-of-20"),
         pytest.param(
             [0.7] * 20, range(20), [0.7 - 0.7 * SHARE_20, 0.7 + 0.3 * SHARE_20], id="all-equal"
         ),
