@@ -164,17 +164,6 @@ def test_a_damaged_model_folder_is_named(name, content, folder, toy_folder, caps
     refused(evaluation, argv, ["--model", "damaged"], capsys, monkeypatch)
 
 
-def test_an_output_folder_with_a_run_is_left_alone(folder, toy_folder, capsys, monkeypatch):
-    write_rows(folder, toy_folder, {})
-    (folder / "old").mkdir()
-    (folder / "old/metrics.jsonl").write_text('{"step": 1}\n')
-    argv = command_line(folder, {"output_dir": "{}/old", "max_steps": "1"})
-    refused(train_rl, argv, ["--output_dir", "old"], capsys, monkeypatch)
-    names = {path.name for path in (folder / "old").iterdir()}
-    assert names == {"metrics.jsonl", ".lock"}
-    assert (folder / "old/metrics.jsonl").read_text() == '{"step": 1}\n'
-
-
 def test_an_error_in_the_first_step_has_a_line_of_its_own_and_can_be_mended(
     folder, toy_folder, capfd, monkeypatch
 ):

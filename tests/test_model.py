@@ -64,7 +64,6 @@ def responses(lengths, vocabulary=500, seed=0):
 
 CASES = {
     "one-video": (["video"], [[5, 5, 5, 5]]),
-    "one-image": (["image"], [[6, 6]]),
     "mixed-lengths": (["video"], [[9, 1, 4, 0, 7]]),
     "image-and-videos": (["image", "video", "video"], [[7, 3, 1], [2, 7, 5], [0, 1, 7]]),
     "one-response-each": (["video", "image"], [[8], [3]]),
@@ -223,12 +222,10 @@ def config(text=None, **values):
 
 
 FORBIDDEN = {
-    "vision-alone": (config(image_token_id=5, video_token_id=6, eos_token_id=1), [5, 6]),
     "all-vision": (
         config(image_token_id=5, video_token_id=6, vision_start_token_id=2,
-               vision_end_token_id=3, vision_token_id=4), [2, 3, 4, 5, 6],
+               vision_end_token_id=3, vision_token_id=4, eos_token_id=1), [2, 3, 4, 5, 6],
     ),
-    "padding": (config(image_token_id=5, pad_token_id=0, eos_token_id=1), [0, 5]),
     "padding-that-ends": (config(image_token_id=5, pad_token_id=1, eos_token_id=[1, 2]), [5]),
     "padding-in-the-text-config": (
         config({"pad_token_id": 0, "eos_token_id": 1}, image_token_id=5), [0, 5],

@@ -274,29 +274,6 @@ def learner(policy):
     return model
 
 
-def test_a_step_calls_the_vision_tower_three_times(policy, learner, toy_folder, tokenizer):
-    """Rollout, reference, update: once each, for all ordered and shuffled videos and images."""
-    reference = copy.deepcopy(policy)
-    enable_packing(reference)
-    calls = []
-    for name, model in {"policy": learner, "reference": reference}.items():
-        model.model.visual.register_forward_hook(
-            lambda *_, name=name: calls.append((name, torch.is_grad_enabled()))
-        )
-    config = RLConfig(max_new_tokens=4, group_size=4, shuffled_group_size=2, prompts_per_rank=3)
-    # The toy's prompts stand for an ordered and a shuffled video twice, and an image.
-    prompts = plain.toy_prompts(toy_folder, tokenizer, ["video"] * 4 + ["image"])
-    batch = [prompts[:2], prompts[2:4], prompts[4:]]
-    rollouts = sample_rollouts(learner, tokenizer, batch, config, 0)
-    groups = [score_group(ordered, shuffled, config) for ordered, shuffled in rollouts]
-    with torch.no_grad():
-        logps_ref = [logprobs(reference, groups)]
-    optimizer = make_optimizer(learner, 1e-3, 0.0)
-    with process_group() as world:
-        update_policy(learner, optimizer, [groups], logps_ref, config, world, 1e-3)
-    assert calls == [("policy", False), ("reference", False), ("policy", True)]
-
-
 def test_an_infinite_loss_with_a_finite_gradient_is_not_applied(
     learner, toy_folder, tokenizer, monkeypatch
 ):
