@@ -1,21 +1,17 @@
 """Bad input, whole: a script ends with one line that says why, and leaves nothing behind.
 
-Most scripts run inside this process, as `python train_rl.py ..` would; torchrun is launched twice.
+Scripts run inside this process, as `python train_rl.py ..` would; test_commands.py launches them.
 """
 
-import contextlib
 import gc
 import importlib.util
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from conftest import ROOT
 
 import eval as evaluation
 import train_rl
@@ -185,40 +181,3 @@ def test_an_error_in_the_first_step_has_a_line_of_its_own_and_can_be_mended(
         assert errors[0].startswith("error: 11 of 11 samples could not be used")
         listed = lines[lines.index(errors[0]) + 1 :][:11]
         assert all("none.mp4: No such file" in line for line in listed)
-
-
-# -------------------------------------------------------------------------------- real processes
-
-
-@pytest.mark.slow
-def test_under_torchrun_the_line_comes_before_torchruns_report(folder, toy_folder):
-    """Once before the processes have met, once after; both launches run side by side."""
-    write_rows(folder, toy_folder, {"solution": None})
-    commands = {
-        "train_rl.py": (command_line(folder, {"groop_size": "4"}), ["--groop_size"]),
-        "train_sft.py": (command_line(folder, {}), ["rows.json", "row 1", "solution"]),
-    }
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-              "--nproc_per_node", "2"]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with contextlib.ExitStack() as stack:
-        launched = {
-            script: stack.enter_context(
-                subprocess.Popen(
-                    [*launch, str(ROOT / script), *argv], env=environment, text=True,
-                    stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                )
-            )
-            for script, (argv, _) in commands.items()
-        }  # fmt: skip
-        for script, process in launched.items():
-            _, output = process.communicate(timeout=300)
-            assert process.returncode not in (0, None)
-            lines = output.split("\n")
-            errors = [line for line in lines if line.startswith("error: ")]
-            assert len(errors) == 1, output
-            assert [word for word in commands[script][1] if word not in errors[0]] == []
-            report = next(n for n, line in enumerate(lines) if "ChildFailedError" in line)
-            assert lines.index(errors[0]) < report
-            assert not any("Traceback" in line for line in lines[: lines.index(errors[0])])
-    assert list(Path().iterdir()) == [], "something was written"

@@ -1,11 +1,10 @@
-"""data.py: rows, prompts, patches, orders of frames, decoded samples.
+"""data.py: rows, prompts, patches, orders of frames.
 
 Patches are checked against transformers' image processor and against a slow loop written here.
 """
 
 import itertools
 import json
-from concurrent.futures import Future
 from dataclasses import replace
 
 import numpy as np
@@ -474,24 +473,3 @@ def test_patchify_is_transformers_image_processor(height, width):
     assert grid.tolist() == theirs["image_grid_thw"][0].tolist()
     # Largest difference measured: 2.4e-7, one unit in the last place of values in [1, 2).
     np.testing.assert_allclose(pixel_values, theirs["pixel_values"], rtol=0, atol=4e-7)
-
-
-# ------------------------------------------------------------------------------- decoded samples
-
-
-def test_limits_of_images_and_videos_reach_the_decoder():
-    class Pool:
-        def submit(self, kind, path, **limits):
-            asked.append((kind, path, limits))
-            return Future()
-
-    asked = []
-    limits = {"max_frames": 6, "min_pixels": 1, "max_pixels": 2, "image_max_pixels": 3}
-    for sample in (make_sample(), make_image_sample()):
-        data.submit_decode(Pool(), sample, limits)
-    size = {"min_pixels": 1, "factor": 28, "max_aspect": 200}
-    rate = {"max_frames": 6, "fps": 2.0, "min_frames": 4}
-    assert asked == [
-        ("video", "clip.mp4", {"max_pixels": 2, **size, **rate}),
-        ("image", "a.png", {"max_pixels": 3, **size}),
-    ]

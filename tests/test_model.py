@@ -325,20 +325,14 @@ def test_the_chat_template_may_lie_beside_the_tokenizer(base, tmp_path, place):
 def test_a_prompt_must_fit_into_the_models_positions(toy_folder, tokenizer):
     (prompt,) = plain.toy_prompts(toy_folder, tokenizer, ["video"], seconds=0.5)
     length = len(prompt.input_ids)
-
-    def config(positions):
-        text = SimpleNamespace(max_position_embeddings=positions)
-        vision = SimpleNamespace(tokens_per_second=2)
-        return SimpleNamespace(get_text_config=lambda: text, vision_config=vision)
-
-    require_room(prompt, 10, config(length + 10))
-    with pytest.raises(UnusableSample, match=f"{length} tokens and a response of 10 take"):
-        require_room(prompt, 10, config(length + 9))
     # An hour of video takes more positions than tokens: its last frames stand 3,600 s away.
     hour = dataclasses.replace(prompt, seconds_per_grid=1200.0)
-    with pytest.raises(UnusableSample):
-        require_room(hour, 10, config(7200))
-    require_room(hour, 10, config(7200 + length))
+    vision = SimpleNamespace(tokens_per_second=2)
+    for one, room in ((prompt, length + 10), (hour, 7200 + length)):
+        require_room(one, 10, config({"max_position_embeddings": room}, vision_config=vision))
+    for one, room in ((prompt, length + 9), (hour, 7200)):
+        with pytest.raises(UnusableSample, match=f"{length} tokens and a response of 10 take"):
+            require_room(one, 10, config({"max_position_embeddings": room}, vision_config=vision))
 
 
 def change_weights(folder, **changes):

@@ -66,27 +66,20 @@ def test_made_again_from_the_same_seed_gives_the_same_bytes(folder, tmp_path, mo
 
 
 def test_only_what_is_missing_is_made_and_only_whole(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    made = []
-
-    def make(folder, seed):
-        made.append(seed)
-        (folder / "file").write_text("whole")
-
     def fail(folder, seed):
         (folder / "file").write_text("half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(toy, "make_model", make)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(toy, "make_model", lambda folder, seed: (folder / f"seed {seed}").touch())
     monkeypatch.setattr(toy, "make_data", fail)
     with pytest.raises(OSError, match="disk full"):
         toy.ensure_toy(seed=3)
     assert [path.name for path in toy.FOLDER.iterdir()] == ["base"]  # no scratch folder is left
-    monkeypatch.setattr(toy, "make_data", make)
-    toy.ensure_toy(seed=3)
+    monkeypatch.setattr(toy, "make_data", toy.make_model)
     toy.ensure_toy(seed=4)
-    assert (toy.TEST_DATA.parent / "file").read_text() == "whole"
-    assert made == [3, 3]  # the model once, the data once
+    assert sorted(str(file.relative_to(toy.FOLDER)) for file in toy.FOLDER.glob("*/*")) == [
+        "base/seed 3", "data/seed 4"]  # fmt: skip
     assert toy.BASE.stat().st_mode & 0o777 == 0o755  # others may read it
 
 
