@@ -333,20 +333,6 @@ def test_a_signal_saves_within_a_step_and_exits(killed_base):
     assert kills.outcome(folder) == kills.outcome(killed_base / "undisturbed")
 
 
-@pytest.mark.slow
-def test_a_stopped_run_without_torchrun_exits_with_0(killed_base):
-    folder = killed_base / "alone"
-    toy = killed_base / "runs/toy"
-    command = [sys.executable, ROOT / "train_sft.py", "--model", toy / "base", "--data",
-               toy / "data/sft.json", "--output_dir", folder, "--max_steps", "500"]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    kills.wait_until(lambda: len(logged(folder)) >= 1, 100, "a step is done")
-    process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=60)[0].decode()
-    assert process.returncode == 0, said[-2000:]
-    assert "the same command resumes from here" in said
-
-
 # -------------------------------------------------------- a stop by a file, two ranks and then one
 
 
