@@ -1,5 +1,5 @@
-"""What test_run.py launches on two ranks: both stages, stopped by the file `stop` after two of four
-steps. On given rollouts, so that the steps can be compared with those of one rank.
+"""What test_run.py launches on two ranks: both stages, stopped by the file `stop` after two of
+three steps. On given rollouts, so that the steps can be compared with those of one rank.
 
 usage: stopped.py OUT, in a folder that holds runs/toy/base and runs/toy/data
 """
@@ -17,7 +17,7 @@ from config import RLConfig, SFTConfig
 from infra.distributed import die_with_parent, process_group
 from infra.run import Run
 
-FLAGS = COMMON | {"max_steps": 4, "prompts_per_step": 4, "save_every": 0}
+FLAGS = COMMON | {"max_steps": 3, "prompts_per_step": 4, "save_every": 0}
 
 
 def config(stage, folder):
@@ -40,7 +40,7 @@ def stop_in_the_second_step(metrics_of_a_step):
     def log(run, metrics, num_tokens):
         if metrics["step"] == 2:
             (run.folder / "stop").touch()
-            time.sleep(2.5 * run.world.rank)
+            time.sleep(2.5 * run.world.rank * (run.name == "sft"))
         metrics_of_a_step(run, metrics, num_tokens)
 
     return log

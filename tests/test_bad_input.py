@@ -1,21 +1,17 @@
 """Bad input, whole: a script ends with one line that says why, and leaves nothing behind.
 
-Most scripts run inside this process, as `python train_rl.py ..` would; torchrun is launched twice.
+Scripts run inside this process, as `python train_rl.py ..` would; test_commands.py launches them.
 """
 
-import contextlib
 import gc
 import importlib.util
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from conftest import ROOT
 
 import eval as evaluation
 import train_rl
@@ -23,7 +19,6 @@ import train_sft
 from infra.distributed import run_main
 
 SCRIPTS = {"sft": train_sft, "rl": train_rl, "eval": evaluation}
-
 
 
 @pytest.fixture
@@ -42,10 +37,10 @@ def folder(tmp_path, toy_folder, monkeypatch):
         dist.destroy_process_group()
 
 
-def write_rows(folder: Path, toy_folder: Path, changes: dict, data_type: str = "video") -> None:
+def write_rows(folder: Path, toy_folder: Path, changes: dict) -> None:
     """Two good rows of the toy, the second changed; None takes a key away."""
     rows = json.loads((toy_folder / "runs/toy/data/sft.json").read_text())
-    rows = [row for row in rows if row["data_type"] == data_type][:2]
+    rows = [row for row in rows if row["data_type"] == "video"][:2]
     rows[1] = {key: value for key, value in {**rows[1], **changes}.items() if value is not None}
     (folder / "rows.json").write_text(json.dumps(rows))
 
@@ -72,27 +67,20 @@ def refused(module, argv: list[str], words: list[str], capsys, monkeypatch) -> N
     assert list(Path().iterdir()) == [], "something was written"
 
 
-BAD_INPUT = [
-    pytest.param({}, {"oops": "1"}, ["--oops"], id="unknown-flag"),
-    pytest.param({}, {"max_frames": "0"}, ["--max_frames"], id="value-without-sense"),
-    pytest.param({}, {"data": "{}/none.json"}, ["none.json"], id="missing-data-file"),
-    pytest.param({}, {"data": "{}/base"}, ["base"], id="folder-as-data-file"),
-    pytest.param({}, {"data_root": "{}/none"}, ["none"], id="missing-data-root"),
-    pytest.param({"solution": None}, {}, ["rows.json", "row 1", "solution"], id="no-solution"),
-    pytest.param({"solution": " "}, {}, ["rows.json", "row 1", "solution"], id="blank-solution"),
-    pytest.param(
-        {"problem_type": "riddle"}, {}, ["rows.json", "row 1", "riddle"], id="unknown-type"
-    ),
-    pytest.param({"path": "../x.mp4"}, {}, ["rows.json", "row 1", "path"], id="path-that-leaves"),
-    pytest.param({}, {"model": "{}/none"}, ["--model", "none"], id="missing-model"),
-    pytest.param({}, {"model": "{}/sft"}, ["--model", "sft"], id="no-model-folder"),
-    pytest.param({}, {"model": "{}/llama"}, ["--model", "llama"], id="not-a-qwen2.5-vl"),
-    pytest.param({}, {"prompt_template": "{}/x"}, ["--prompt_template"], id="missing-template"),
-]
+BAD_INPUT = {  # changes of row 1, flags, words of the error. More rows: test_data.py
+    "unknown-flag": ({}, {"oops": "1"}, ["--oops"]),
+    "missing-data-file": ({}, {"data": "{}/none.json"}, ["none.json"]),
+    "missing-data-root": ({}, {"data_root": "{}/none"}, ["none"]),
+    "no-solution": ({"solution": None}, {}, ["rows.json", "row 1", "solution"]),
+    "missing-model": ({}, {"model": "{}/none"}, ["--model", "none"]),
+    "no-model-folder": ({}, {"model": "{}/sft"}, ["--model", "sft"]),
+    "not-a-qwen2.5-vl": ({}, {"model": "{}/llama"}, ["--model", "llama"]),
+    "missing-template": ({}, {"prompt_template": "{}/x"}, ["--prompt_template"]),
+}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("row, flags, words", BAD_INPUT)
+@pytest.mark.parametrize(("row", "flags", "words"), BAD_INPUT.values(), ids=BAD_INPUT)
 def test_bad_input_ends_with_one_line(
     script, row, flags, words, folder, toy_folder, capsys, monkeypatch
 ):
@@ -102,21 +90,17 @@ def test_bad_input_ends_with_one_line(
     refused(SCRIPTS[script], command_line(folder, flags), words, capsys, monkeypatch)
 
 
-BAD_TRAINING_FLAGS = [
-    pytest.param({"keep_best": "val_acuracy"}, ["--keep_best", "val_accuracy"], id="keep_best"),
-    pytest.param({"keep_best": "val_gap"}, ["--keep_best", "--val_data"], id="no-val_data"),
-    pytest.param({"val_data": "{}/none.json"}, ["none.json"], id="missing-val_data"),
-    pytest.param({"val_data": "{}/bad.json"}, ["bad.json", "row 0"], id="bad-val_data"),
-    pytest.param({"tensorboard": "true"}, ["--tensorboard", "pip install"], id="no-tensorboard"),
-    pytest.param({"prompts_per_step": "0"}, ["--prompts_per_step"], id="prompts_per_step"),
-    pytest.param({"timeout": "inf"}, ["--timeout", "finite"], id="infinite-timeout"),
-    pytest.param({"num_epochs": "inf"}, ["--num_epochs", "finite"], id="infinite-epochs"),
-    pytest.param({"decode_timeout": "inf"}, ["--decode_timeout", "finite"], id="infinite-decode"),
-]
+EARLY = {
+    "keep_best": ({"keep_best": "val_acuracy"}, ["--keep_best", "val_accuracy"]),
+    "missing-val_data": ({"val_data": "{}/none.json"}, ["none.json"]),
+    "bad-val_data": ({"val_data": "{}/bad.json"}, ["bad.json", "row 0"]),
+    "no-tensorboard": ({"tensorboard": "true"}, ["--tensorboard", "pip install"]),
+    "infinite-timeout": ({"timeout": "inf"}, ["--timeout", "finite"]),
+}
 
 
 @pytest.mark.parametrize("script", ["sft", "rl"])
-@pytest.mark.parametrize("flags, words", BAD_TRAINING_FLAGS)
+@pytest.mark.parametrize(("flags", "words"), EARLY.values(), ids=EARLY)
 def test_bad_training_flags_are_refused_before_the_model_is_loaded(
     script, flags, words, folder, toy_folder, capsys, monkeypatch
 ):
@@ -136,69 +120,44 @@ def test_bad_training_flags_are_refused_before_the_model_is_loaded(
     refused(SCRIPTS[script], command_line(folder, flags), words, capsys, monkeypatch)
 
 
+OF_ONE_STAGE = {
+    "sft-no-process": ("sft", {"process": None}, {}, ["row 1", "process"]),
+    "rl-no-answer-matches": ("rl", {"solution": "<answer>left</answer>"}, {}, ["row 1", "left"]),
+    "no-such-rows": ("rl", {}, {"data_types": "image"}, ["--data_types"]),
+    "eval-output-is-a-file": ("eval", {}, {"output_dir": "{}/rows.json", "max_new_tokens": "1"},
+                              ["--output_dir"]),
+    "rl-output-is-a-file": ("rl", {}, {"output_dir": "{}/rows.json"}, ["--output_dir"]),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "script, row, flags, words",
-    [
-        pytest.param(
-            "sft", {"process": None}, {}, ["row 1", "process"], id="sft-no-process"
-        ),
-        pytest.param(
-            "rl", {"solution": "<answer>left</answer>"}, {}, ["row 1", "left"],
-            id="rl-solution-that-no-answer-matches",
-        ),
-        pytest.param("sft", {}, {"data_types": "image"}, ["--data_types"], id="sft-no-such-rows"),
-        pytest.param("rl", {}, {"data_types": "image"}, ["--data_types"], id="rl-no-such-rows"),
-        pytest.param(
-            "eval", {}, {"output_dir": "{}/rows.json", "max_new_tokens": "1"}, ["--output_dir"],
-            id="eval-output-is-a-file",
-        ),
-        pytest.param(
-            "rl", {}, {"output_dir": "{}/rows.json"}, ["--output_dir"], id="rl-output-is-a-file"
-        ),
-    ],
-)  # fmt: skip
+    ("script", "row", "flags", "words"), OF_ONE_STAGE.values(), ids=OF_ONE_STAGE
+)
 def test_bad_input_of_one_stage(script, row, flags, words, folder, toy_folder, capsys, monkeypatch):
     write_rows(folder, toy_folder, row)
-    more = {} if script == "eval" else {"max_steps": "1", "max_frames": "2"}
-    argv = command_line(folder, {**more, **flags})
-    refused(SCRIPTS[script], argv, words, capsys, monkeypatch)
+    refused(SCRIPTS[script], command_line(folder, flags), words, capsys, monkeypatch)
 
 
-def cut_weights(model: Path) -> None:
-    with (model / "model.safetensors").open("r+b") as file:
-        file.truncate(100_000)
+DAMAGES = {  # what is left of a file of the model folder: nothing, or this text
+    "config-cut-short": ("config.json", "{"),
+    "config-is-a-list": ("config.json", "[1]"),
+    "no-tokenizer": ("tokenizer.json", None),
+    "no-chat-template": ("tokenizer_config.json", None),
+    "no-preprocessor": ("preprocessor_config.json", None),
+    "no-weights": ("model.safetensors", None),
+}
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        pytest.param(lambda m: (m / "config.json").write_text("{"), id="config-cut-short"),
-        pytest.param(lambda m: (m / "config.json").write_text("[1]"), id="config-is-a-list"),
-        pytest.param(lambda m: (m / "tokenizer.json").unlink(), id="no-tokenizer"),
-        pytest.param(lambda m: (m / "tokenizer_config.json").unlink(), id="no-chat-template"),
-        pytest.param(lambda m: (m / "preprocessor_config.json").unlink(), id="no-preprocessor"),
-        pytest.param(lambda m: (m / "model.safetensors").unlink(), id="no-weights"),
-        pytest.param(cut_weights, id="weights-cut-short"),
-    ],
-)
-def test_a_damaged_model_folder_is_named(damage, folder, toy_folder, capsys, monkeypatch):
-    """A download or a copy that broke off."""
+@pytest.mark.parametrize(("name", "content"), DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_model_folder_is_named(name, content, folder, toy_folder, capsys, monkeypatch):
+    """A download or a copy that broke off; more of the weights in test_model.py."""
     write_rows(folder, toy_folder, {})
     shutil.copytree(folder / "base", folder / "damaged")
-    damage(folder / "damaged")
+    (folder / "damaged" / name).unlink()
+    if content:
+        (folder / "damaged" / name).write_text(content)
     argv = command_line(folder, {"model": "{}/damaged", "max_new_tokens": "1"})
     refused(evaluation, argv, ["--model", "damaged"], capsys, monkeypatch)
-
-
-def test_an_output_folder_with_a_run_is_left_alone(folder, toy_folder, capsys, monkeypatch):
-    write_rows(folder, toy_folder, {})
-    (folder / "old").mkdir()
-    (folder / "old/metrics.jsonl").write_text('{"step": 1}\n')
-    argv = command_line(folder, {"output_dir": "{}/old", "max_steps": "1"})
-    refused(train_rl, argv, ["--output_dir", "old"], capsys, monkeypatch)
-    names = {path.name for path in (folder / "old").iterdir()}
-    assert names == {"metrics.jsonl", ".lock"}
-    assert (folder / "old/metrics.jsonl").read_text() == '{"step": 1}\n'
 
 
 def test_an_error_in_the_first_step_has_a_line_of_its_own_and_can_be_mended(
@@ -222,40 +181,3 @@ def test_an_error_in_the_first_step_has_a_line_of_its_own_and_can_be_mended(
         assert errors[0].startswith("error: 11 of 11 samples could not be used")
         listed = lines[lines.index(errors[0]) + 1 :][:11]
         assert all("none.mp4: No such file" in line for line in listed)
-
-
-# -------------------------------------------------------------------------------- real processes
-
-
-@pytest.mark.slow
-def test_under_torchrun_the_line_comes_before_torchruns_report(folder, toy_folder):
-    """Once before the processes have met, once after; both launches run side by side."""
-    write_rows(folder, toy_folder, {"solution": None})
-    commands = {
-        "train_rl.py": (command_line(folder, {"groop_size": "4"}), ["--groop_size"]),
-        "train_sft.py": (command_line(folder, {}), ["rows.json", "row 1", "solution"]),
-    }
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-              "--nproc_per_node", "2"]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with contextlib.ExitStack() as stack:
-        launched = {
-            script: stack.enter_context(
-                subprocess.Popen(
-                    [*launch, str(ROOT / script), *argv], env=environment, text=True,
-                    stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                )
-            )
-            for script, (argv, _) in commands.items()
-        }  # fmt: skip
-        for script, process in launched.items():
-            _, output = process.communicate(timeout=300)
-            assert process.returncode not in (0, None)
-            lines = output.split("\n")
-            errors = [line for line in lines if line.startswith("error: ")]
-            assert len(errors) == 1, output
-            assert [word for word in commands[script][1] if word not in errors[0]] == []
-            report = next(n for n, line in enumerate(lines) if "ChildFailedError" in line)
-            assert lines.index(errors[0]) < report
-            assert not any("Traceback" in line for line in lines[: lines.index(errors[0])])
-    assert list(Path().iterdir()) == [], "something was written"

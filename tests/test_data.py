@@ -1,12 +1,10 @@
-"""data.py: rows, prompts, patches, orders of frames, decoded samples.
+"""data.py: rows, prompts, patches, orders of frames.
 
 Patches are checked against transformers' image processor and against a slow loop written here.
 """
 
-import copy
 import itertools
 import json
-from concurrent.futures import Future
 from dataclasses import replace
 
 import numpy as np
@@ -19,8 +17,6 @@ import data
 from infra.errors import MediaError, UserError
 
 SIDE = 56  # pixels: 4 x 4 patches, 2 x 2 after merging
-LIMITS = {"max_frames": 16, "min_pixels": 4 * 28 * 28, "max_pixels": 128 * 28 * 28,
-          "image_max_pixels": 256 * 28 * 28}  # fmt: skip
 ROW = {
     "problem_id": 7, "problem": "Which way does it go?", "data_type": "video",
     "problem_type": "multiple choice", "options": ["A. left", "B. right"],
@@ -40,11 +36,6 @@ def write_rows(folder, rows, layout="json"):
     return file
 
 
-def load_one(folder, **changes):
-    (sample,) = data.load_samples(write_rows(folder, [{**ROW, **changes}]))
-    return sample
-
-
 def make_sample(**changes):
     sample = data.Sample(7, "Which way does it go?", "video", "multiple choice",
                          ("A. left", "B. right"), "<answer>A</answer>", "clip.mp4", "toy",
@@ -53,12 +44,13 @@ def make_sample(**changes):
 
 
 def make_image_sample(**changes):
-    return make_sample(data_type="image", problem_type="OCR", options=(), path="a.png", **changes)
+    return make_sample(data_type="image", problem_type="OCR", options=(),
+                       **{"path": "a.png"} | changes)  # fmt: skip
 
 
-def noise(num_frames, height=SIDE, width=SIDE, seed=0):
+def noise(num_frames, height=SIDE, width=SIDE):
     shape = (num_frames, height, width, 3)
-    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+    return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
 
 
 def numbered(num_frames):
@@ -130,51 +122,34 @@ def test_the_root_is_or_holds_the_official_folders(tmp_path, relative, given, fo
     assert sample.path == str(tmp_path / found)
 
 
-def test_missing_data_root_is_named(tmp_path):
-    with pytest.raises(ValueError, match="data root .*nowhere is not a folder"):
-        data.load_samples(write_rows(tmp_path, [ROW]), tmp_path / "nowhere")
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"options": None}, {"options": ()}),
+        ({"options": ["A) no"]}, {"options": ("A) no",)}),
+        ({"problem_type": "Multiple Choice"}, {"problem_type": "multiple choice"}),
+        ({"problem_type": "ocr"}, {"problem_type": "OCR"}),
+        ({"data_type": "Video", "path": "a.mp4"}, {"data_type": "video"}),
+        ({"data_type": "frame", "path": "tvqa/a.WEBM"}, {"data_type": "video"}),  # MVBench
+        ({"data_type": "frame", "path": "tvqa/a.jpg"}, {"data_type": "image"}),
+        ({"start": 1.5, "row": 3}, {"extra": {"start": 1.5, "row": 3}, "row": 0}),
+    ],
+)
+def test_irregularities_of_the_official_files(tmp_path, changes, expected):
+    (sample,) = data.load_samples(write_rows(tmp_path, [ROW | changes]))
+    assert {name: getattr(sample, name) for name in expected} == expected
 
 
-@pytest.mark.parametrize(("options", "expected"), [(None, ()), ([], ()), (["A) no"], ("A) no",))])
-def test_options(tmp_path, options, expected):
-    assert load_one(tmp_path, options=options).options == expected
-
-
-def test_missing_keys_that_may_be_missing(tmp_path):
+def test_keys_that_may_be_missing(tmp_path):
     row = without("options", "process", "data_source", "problem_id")
     first, second = data.load_samples(write_rows(tmp_path, [row, row]))
     assert (first.options, first.process, first.data_source) == ((), "", "")
     assert (first.problem_id, second.problem_id) == (0, 1)  # the row's number
 
 
-@pytest.mark.parametrize(
-    ("written", "expected"),
-    [("Multiple Choice", "multiple choice"), ("ocr", "OCR"), (" regression ", "regression")],
-)
-def test_letter_case_of_problem_type(tmp_path, written, expected):
-    assert load_one(tmp_path, problem_type=written).problem_type == expected
-
-
-@pytest.mark.parametrize(
-    ("data_type", "path", "expected"),
-    [("frame", "tvqa/a.mp4", "video"), ("frame", "tvqa/a.WEBM", "video"),
-     ("frame", "tvqa/a.jpg", "image"), ("Video", "a.mp4", "video"), ("image", "a.mp4", "image")],
-)  # fmt: skip
-def test_data_type(tmp_path, data_type, path, expected):
-    assert load_one(tmp_path, data_type=data_type, path=path).data_type == expected
-
-
-def test_extra_keys_are_kept(tmp_path):
-    extra = {"original_question_type": "mc", "start": 1.5, "end": None, "row": 3, "extra": [1]}
-    sample = load_one(tmp_path, **extra)
-    assert sample.extra == extra
-    assert sample.row == 0
-
-
 # ---------------------------------------------------------------------------- rows that are refused
 
 
-@pytest.mark.parametrize("layout", ["json", "jsonl"])
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
@@ -188,7 +163,6 @@ def test_extra_keys_are_kept(tmp_path):
         (without(problem_type="essay"), "unknown problem_type 'essay'"),
         (without(options="A. left"), "'options' must be a list"),
         (without(options=["A", 2]), "'options' must be a list"),
-        (without(problem="\ud800"), "not valid Unicode"),
         (without(options=["\ud800"]), "not valid Unicode"),
         (without(problem_id=1.5), "'problem_id' must be"),
         (without(process=5), "'process' must be"),
@@ -198,12 +172,13 @@ def test_extra_keys_are_kept(tmp_path):
         ([ROW], "expected an object, found list"),
     ],
 )  # fmt: skip
-def test_refused_row_is_named(tmp_path, layout, row, reason):
-    file = write_rows(tmp_path, [ROW, ROW, row, ROW], layout)
-    with pytest.raises(ValueError) as error:  # noqa: PT011  the message is checked below
-        data.load_samples(file)
-    assert str(error.value).startswith(f"{file}, row 2: ")
-    assert reason in str(error.value)
+def test_refused_row_is_named(tmp_path, row, reason):
+    for layout in ("json", "jsonl"):
+        file = write_rows(tmp_path, [ROW, ROW, row, ROW], layout)
+        with pytest.raises(UserError) as error:
+            data.load_samples(file)
+        assert str(error.value).startswith(f"{file}, row 2: ")
+        assert reason in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -213,6 +188,7 @@ def test_refused_row_is_named(tmp_path, layout, row, reason):
         pytest.param(b"[]", "holds no rows", id="empty list"),
         pytest.param(b'[{"problem": "a"', "is not JSON", id="cut list"),
         pytest.param(b'{\n "problem": "a"\n}', "row 0 is not JSON", id="object over lines"),
+        pytest.param(b'{}\n{"problem"', "row 1 is not JSON", id="cut line"),
         pytest.param(b'[{"problem": "\xff"}]', "is not UTF-8", id="bytes"),
         pytest.param(b"1\n2\n", "row 0: expected an object, found int", id="lines of numbers"),
         pytest.param(b"[" * 100_000, "is not JSON", id="endless nesting"),
@@ -222,24 +198,16 @@ def test_refused_row_is_named(tmp_path, layout, row, reason):
 def test_broken_file_is_named(tmp_path, content, reason):
     file = tmp_path / "rows.json"
     file.write_bytes(content)
-    with pytest.raises(ValueError) as error:  # noqa: PT011  the message is checked below
+    with pytest.raises(UserError) as error:
         data.load_samples(file)
     assert str(file) in str(error.value)
     assert reason in str(error.value)
 
 
-def test_broken_json_line_names_its_row(tmp_path):
-    file = tmp_path / "rows.jsonl"
-    file.write_text("\n".join([json.dumps(ROW)] * 3 + ['{"problem": ']))
-    with pytest.raises(ValueError, match="rows.jsonl") as error:
-        data.load_samples(file)
-    assert "row 3" in str(error.value)
-
-
 @pytest.mark.parametrize("name", ["nowhere.json", "", "folder\0"])
 def test_missing_file_is_named(tmp_path, name):
     path = tmp_path / name  # "": a folder
-    with pytest.raises(ValueError, match="does not exist") as error:
+    with pytest.raises(UserError, match="does not exist") as error:
         data.load_samples(path)
     assert str(path) in str(error.value)
 
@@ -247,48 +215,35 @@ def test_missing_file_is_named(tmp_path, name):
 # ----------------------------------------------------------------------------------- the template
 
 
-@pytest.mark.parametrize("problem_type", data.PROBLEM_TYPES)
-def test_own_template_asks_for_the_tags_and_has_a_line_per_type(problem_type):
-    text = data.question_text(make_sample(problem_type=problem_type))
-    assert text.startswith("Which way does it go?\nOptions:\nA. left\nB. right\n")
-    for tag in ("<think>", "</think>", "<answer>", "</answer>"):
-        assert tag in text
-    assert text.endswith(data.ANSWER_FORMATS[problem_type])
-    assert "{" not in text
+def test_the_template_asks_for_the_tags_and_has_a_line_per_type():
+    for problem_type, line in data.ANSWER_FORMATS.items():
+        text = data.question_text(make_sample(problem_type=problem_type))
+        assert text.startswith("Which way does it go?\nOptions:\nA. left\nB. right\n")
+        assert all(tag in text for tag in ("<think>", "</think>", "<answer>", "</answer>"))
+        assert text.endswith(line) and "{" not in text
 
 
-@pytest.mark.parametrize(
-    "problem", ["What is {question} {answer_format}?", "f({x}) = {{y}} {0} {", r"\1 \g<0> %s $x"]
-)
-def test_braces_in_a_question_are_left_as_they_are(problem):
-    sample = make_sample(problem=problem, options=())
-    template = "{answer_format} | {question} | {answer_format} {other} {question}"
-    line = data.ANSWER_FORMATS["multiple choice"]
-    assert data.question_text(sample, template) == (
-        f"{line} | {problem} | {line} {{other}} {problem}")  # fmt: skip
-
-
-def test_template_file(tmp_path):
-    assert data.load_template("") == data.TEMPLATE
+def test_braces_in_a_question_are_left_as_they_are(tmp_path):
+    """Fault 27: a second {question} of a template stayed as it is."""
     file = tmp_path / "template.txt"
-    file.write_text("问: {question}\n{ {braces} }\n\n", encoding="utf-8")
-    template = data.load_template(str(file))
-    assert template == "问: {question}\n{ {braces} }"
+    file.write_text("问 {answer_format} | {question} | {answer_format} {other} {question}\n\n",
+                    encoding="utf-8")  # fmt: skip
+    template, line = data.load_template(str(file)), data.ANSWER_FORMATS["multiple choice"]
+    for problem in ("What is {question} {answer_format}?", "f({x}) = {{y}} {0} {", r"\1 \g<0> %s"):
+        assert data.question_text(make_sample(problem=problem, options=()), template) == (
+            f"问 {line} | {problem} | {line} {{other}} {problem}")  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [
-        pytest.param(b"Question: ", "does not hold {question}", id="no placeholder"),
-        pytest.param(None, "does not exist", id="missing"),
-        pytest.param(b"{question}\xff", "template.txt", id="not UTF-8"),
-    ],
+    [(b"Question: ", "does not hold {question}"), (None, "does not exist"),
+     (b"{question}\xff", "template.txt")],
 )  # fmt: skip
 def test_refused_template_file_is_named(tmp_path, content, reason):
     file = tmp_path / "template.txt"
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(ValueError) as error:  # noqa: PT011  the message is checked below
+    with pytest.raises(UserError) as error:
         data.load_template(str(file))
     assert reason in str(error.value)
     assert f"--prompt_template {file}" in str(error.value)
@@ -298,16 +253,14 @@ def test_refused_template_file_is_named(tmp_path, content, reason):
 
 
 @pytest.mark.parametrize(
-    ("num_frames", "height", "width", "grid", "count"),
+    ("kind", "num_frames", "height", "width", "grid", "count"),
     [
-        pytest.param(4, 56, 56, (2, 4, 4), 8, id="four frames"),
-        pytest.param(5, 28, 84, (3, 2, 6), 9, id="odd number of frames"),
+        ("video", 4, 56, 56, (2, 4, 4), 8),
+        ("video", 5, 28, 84, (3, 2, 6), 9),  # an odd number of frames
+        ("image", 1, 28, 84, (1, 2, 6), 3),
     ],
 )
-@pytest.mark.parametrize("kind", ["image", "video"])
 def test_placeholders(tokenizer, kind, num_frames, height, width, grid, count):
-    if kind == "image":
-        num_frames, grid, count = 1, (1, *grid[1:]), count // grid[0]
     sample = make_sample(data_type=kind)
     prompt = data.make_prompt(sample, tokenizer, noise(num_frames, height, width))
     assert prompt.grid_thw.tolist() == list(grid)
@@ -316,28 +269,16 @@ def test_placeholders(tokenizer, kind, num_frames, height, width, grid, count):
     assert prompt.pixel_values.dtype == torch.float32
     assert prompt.num_vision_tokens == count
     assert prompt.is_video == (kind == "video")
-    assert prompt.sample is sample
 
     pad, ids = tokenizer.convert_tokens_to_ids(f"<|{kind}_pad|>"), prompt.input_ids.tolist()
     first = prompt.vision_start
     assert [i for i, token in enumerate(ids) if token == pad] == [*range(first, first + count)]
-    assert tokenizer.convert_ids_to_tokens(ids[first - 1]) == "<|vision_start|>"
-    assert tokenizer.convert_ids_to_tokens(ids[first + count]) == "<|vision_end|>"
     once = ids[:first] + ids[first + count - 1 :]  # one placeholder: what the chat template wrote
     assert tokenizer.decode(once) == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
         f"<|im_start|>user\n<|vision_start|><|{kind}_pad|><|vision_end|>"
         f"{data.question_text(sample)}<|im_end|>\n<|im_start|>assistant\n"
     )
-
-
-@pytest.mark.parametrize("seconds", [0.5, 0.125, 1 / 3])
-def test_seconds_per_grid_are_not_rounded(tokenizer, seconds):
-    frames = noise(4)
-    prompt = data.make_prompt(make_sample(), tokenizer, (frames, seconds))
-    assert prompt.seconds_per_grid == 2 * seconds
-    image = data.make_prompt(make_image_sample(), tokenizer, (frames[:1], seconds))
-    assert image.seconds_per_grid == 0
 
 
 def test_frames_as_array_tensor_and_pair_give_the_same_prompt(tokenizer):
@@ -350,58 +291,40 @@ def test_frames_as_array_tensor_and_pair_give_the_same_prompt(tokenizer):
         assert torch.equal(prompt.pixel_values, prompts[0].pixel_values)
         assert prompt.seconds_per_grid == prompts[0].seconds_per_grid == 1.0
     np.testing.assert_array_equal(frames, before)
+    thirds = data.make_prompt(make_sample(), tokenizer, (frames, 1 / 3))
+    assert thirds.seconds_per_grid == 2 / 3  # not rounded
+    image = data.make_prompt(make_image_sample(), tokenizer, (frames[:1], 1 / 3))
+    assert image.seconds_per_grid == 0
 
 
 def test_frames_are_read_from_the_path_within_the_limits(tokenizer, toy_folder, tmp_path):
     samples = data.load_samples(toy_folder / "runs/toy/data/test.json")
     clip = next(sample for sample in samples if sample.is_video)
     expected, seconds = data.read_frames(clip.path, max_frames=4)
-    prompt = data.make_prompt(clip, tokenizer, max_frames=4)
-    assert torch.equal(prompt.pixel_values, data.patchify(expected)[0])
+    plain = (0, 0, 0), (1, 1, 1)  # mean and standard deviation
+    prompt = data.make_prompt(clip, tokenizer, max_frames=4, mean=plain[0], std=plain[1])
+    assert torch.equal(prompt.pixel_values, data.patchify(expected, *plain)[0])
     assert prompt.grid_thw[0] == 2
     assert prompt.seconds_per_grid == 2 * seconds == 2.0  # 4 seconds, 4 frames
 
     Image.fromarray(noise(1, 300, 300)[0]).save(tmp_path / "a.png")
-    picture = make_image_sample()
-    picture = replace(picture, path=str(tmp_path / "a.png"))
+    picture = make_image_sample(path=str(tmp_path / "a.png"))
     small = data.make_prompt(picture, tokenizer, max_pixels=1, image_max_pixels=17 * 28 * 28)
     assert small.grid_thw.tolist() == [1, 8, 8]  # image_max_pixels, not the clips' limit
-    large = data.make_prompt(picture, tokenizer)
-    assert large.grid_thw.tolist() == [1, 22, 22]
+    assert data.make_prompt(picture, tokenizer).grid_thw.tolist() == [1, 22, 22]
 
-
-def test_missing_media_file_is_named(tokenizer, tmp_path):
-    sample = make_sample(path=str(tmp_path / "nowhere.mp4"))
     with pytest.raises(MediaError, match=r"nowhere\.mp4"):
-        data.make_prompt(sample, tokenizer)
+        data.make_prompt(make_sample(path=str(tmp_path / "nowhere.mp4")), tokenizer)
 
 
-def test_mean_and_std_reach_the_pixels(tokenizer):
-    frames = noise(2)
-    prompt = data.make_prompt(make_sample(), tokenizer, frames, mean=(0, 0, 0), std=(1, 1, 1))
-    assert torch.equal(prompt.pixel_values, data.patchify(frames, (0, 0, 0), (1, 1, 1))[0])
-
-
-@pytest.mark.parametrize("kind", ["image", "video"])
 @pytest.mark.parametrize("token", ["<|video_pad|>", "<|image_pad|>"])
-@pytest.mark.parametrize("place", ["problem", "template"])
-def test_vision_token_in_the_text_is_refused(tokenizer, kind, token, place):
-    problem, template = f"What is {token}?", "{question}"
-    if place == "template":
-        problem, template = "What?", f"{{question}} {token}"
-    sample = make_sample(data_type=kind, problem=problem)
-    with pytest.raises(ValueError, match=r"row 41.*vision token"):
-        data.make_prompt(sample, tokenizer, noise(1), template=template)
-
-
-@pytest.mark.parametrize("order", ["ordered", "shuffled", "reversed", "single"])
-def test_order_is_noted_and_an_image_knows_none(tokenizer, order):
-    frames = noise(4)
-    video = data.make_prompt(make_sample(), tokenizer, frames, order, seeded(0))
-    assert video.order == order
-    image = data.make_prompt(make_image_sample(), tokenizer, frames[:1], order, seeded(0))
-    assert image.order == "ordered"
-    assert torch.equal(image.pixel_values, data.patchify(frames[:1])[0])
+@pytest.mark.parametrize(
+    ("problem", "template"), [("What is {}?", "{question}"), ("What?", "{question} {}")]
+)
+def test_vision_token_in_the_text_is_refused(tokenizer, token, problem, template):
+    sample = make_sample(problem=problem.replace("{}", token))
+    with pytest.raises(UserError, match=r"row 41.*vision token"):
+        data.make_prompt(sample, tokenizer, noise(1), template=template.replace("{}", token))
 
 
 # ------------------------------------------------------------------------------------- responses
@@ -415,14 +338,10 @@ def test_order_is_noted_and_an_image_knows_none(tokenizer, order):
     ],
 )
 def test_response_is_the_assistants_turn_alone(tokenizer, process, solution, expected):
-    sample = make_sample(process=process, solution=solution)
-    ids = data.response_ids(sample, tokenizer)
+    ids = data.response_ids(make_sample(process=process, solution=solution), tokenizer)
     assert ids.dtype == torch.int64
-    assert ids.ndim == 1
-    assert ids[-1] == tokenizer.eos_token_id
-    assert (ids == tokenizer.eos_token_id).sum() == 1
-    assert tokenizer.decode(ids[:-1]) == expected
-    assert ids[:-1].tolist() == tokenizer(expected, add_special_tokens=False)["input_ids"]
+    expected = tokenizer(expected, add_special_tokens=False)["input_ids"]
+    assert ids.tolist() == [*expected, tokenizer.eos_token_id]
 
 
 @pytest.mark.parametrize(
@@ -438,54 +357,28 @@ def test_an_unusable_response_is_named(tokenizer, changes, reason):
 # ------------------------------------------------------------------------------- orders of frames
 
 
-@pytest.mark.parametrize("count", [2, 3, 4, 16])
-def test_shuffle_is_a_permutation_and_never_the_identity(count):
+def shuffled(count, generator):
     frames = torch.arange(count).view(count, 1, 1, 1)
-    for seed in range(300):
-        places = data.reorder_frames(frames, "shuffled", seeded(seed)).flatten().tolist()
-        assert sorted(places) == [*range(count)]
-        assert places != [*range(count)]
-
-
-def test_shuffle_is_decided_by_the_generator():
-    frames = torch.arange(8).view(8, 1, 1, 1)
-
-    def shuffled(generator):
-        return tuple(data.reorder_frames(frames, "shuffled", generator).flatten().tolist())
-
-    torch.manual_seed(1)
-    first = shuffled(seeded(3))
-    torch.manual_seed(2)
-    assert shuffled(seeded(3)) == first  # whatever the global generator does
-    assert len({shuffled(seeded(seed)) for seed in range(20)}) > 15
+    return tuple(data.reorder_frames(frames, "shuffled", generator).flatten().tolist())
 
 
 def test_shuffle_is_uniform_over_the_permutations_but_the_identity():
-    frames, generator, draws = torch.arange(3).view(3, 1, 1, 1), seeded(0), 3000
+    generator, draws = seeded(0), 3000
     counts = dict.fromkeys(itertools.permutations(range(3)), 0)
     for _ in range(draws):
-        counts[tuple(data.reorder_frames(frames, "shuffled", generator).flatten().tolist())] += 1
+        counts[shuffled(3, generator)] += 1
     assert counts.pop((0, 1, 2)) == 0
     expected = draws / len(counts)
     chi_squared = sum((count - expected) ** 2 / expected for count in counts.values())
     assert chi_squared < 18.47  # p > 0.001 at 4 degrees of freedom
 
 
-@pytest.mark.parametrize(
-    ("order", "count", "expected"),
-    [
-        ("ordered", 5, [0, 1, 2, 3, 4]), ("reversed", 5, [4, 3, 2, 1, 0]),
-        ("single", 5, [2, 2, 2, 2, 2]), ("single", 4, [2, 2, 2, 2]), ("shuffled", 1, [0]),
-        ("shuffled", 2, [1, 0]),
-    ],
-)  # fmt: skip
-def test_orders(order, count, expected):
-    frames = torch.from_numpy(numbered(count))
-    before = frames.clone()
-    reordered = data.reorder_frames(frames, order, seeded(0))
-    assert reordered.shape == frames.shape
-    assert (reordered[:, 0, 0, 0] // 10).tolist() == expected
-    assert torch.equal(frames, before)
+def test_shuffle_is_decided_by_the_generator_alone():
+    torch.manual_seed(1)
+    first = shuffled(8, seeded(3))
+    torch.manual_seed(2)
+    assert shuffled(8, seeded(3)) == first
+    assert len({shuffled(8, seeded(seed)) for seed in range(20)}) > 15
 
 
 def test_unknown_order_is_named():
@@ -506,21 +399,29 @@ def frames_of(prompt):
 
 @pytest.mark.parametrize(
     ("order", "count", "expected"),
-    [("reversed", 6, [5, 4, 3, 2, 1, 0]), ("single", 4, [2, 2, 2, 2]), ("ordered", 3, [0, 1, 2, 2]),
-     ("reversed", 3, [2, 1, 0, 0])],
+    [
+        ("ordered", 3, [0, 1, 2, 2]), ("reversed", 6, [5, 4, 3, 2, 1, 0]),
+        ("reversed", 3, [2, 1, 0, 0]), ("single", 4, [2, 2, 2, 2]), ("single", 5, [2] * 6),
+        ("shuffled", 1, [0, 0]), ("shuffled", 2, [1, 0]),
+    ],
 )  # fmt: skip
 def test_frames_are_reordered_before_they_are_paired(tokenizer, order, count, expected):
-    prompt = data.make_prompt(make_sample(), tokenizer, numbered(count), order)
+    frames = numbered(count)
+    prompt = data.make_prompt(make_sample(), tokenizer, frames, order, seeded(0))
     assert frames_of(prompt) == expected
+    assert prompt.order == order
+    np.testing.assert_array_equal(frames, numbered(count))
+    image = data.make_prompt(make_image_sample(), tokenizer, frames[:1], order, seeded(0))
+    assert image.order == "ordered"  # an image knows none
 
 
 def test_frames_are_shuffled_before_they_are_paired(tokenizer):
     split = 0
     for seed in range(20):
         prompt = data.make_prompt(make_sample(), tokenizer, numbered(8), "shuffled", seeded(seed))
-        frames = torch.arange(8).view(8, 1, 1, 1)
-        expected = data.reorder_frames(frames, "shuffled", seeded(seed)).flatten().tolist()
-        assert frames_of(prompt) == expected
+        expected = shuffled(8, seeded(seed))
+        assert frames_of(prompt) == list(expected)
+        assert sorted(expected) == [*range(8)]
         pairs = {frozenset(expected[place : place + 2]) for place in range(0, 8, 2)}
         split += pairs != {frozenset({k, k + 1}) for k in range(0, 8, 2)}
     assert split > 15  # a shuffle of ready pairs would keep them together
@@ -549,28 +450,19 @@ def slow_patchify(frames, mean, std):
 
 
 @pytest.mark.parametrize(
-    ("num_frames", "height", "width"), [(1, 28, 28), (2, 28, 56), (4, 84, 28), (3, 56, 84)]
+    ("num_frames", "height", "width"), [(1, 28, 28), (2, 28, 56), (3, 56, 84)]
 )
 def test_patchify_is_the_slow_loop(num_frames, height, width):
     frames = noise(num_frames, height, width)
-    before = frames.copy()
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
-    for given_frames in (frames, torch.from_numpy(frames)):
-        pixel_values, grid = data.patchify(given_frames, mean, std)
-        expected, expected_grid = slow_patchify(frames, mean, std)
-        assert grid.tolist() == expected_grid
-        assert pixel_values.dtype == torch.float32
-        np.testing.assert_allclose(pixel_values.numpy(), expected, rtol=0, atol=2e-6)
-    np.testing.assert_array_equal(frames, before)
+    pixel_values, grid = data.patchify(frames, mean, std)
+    expected, expected_grid = slow_patchify(frames, mean, std)
+    assert grid.tolist() == expected_grid
+    assert pixel_values.dtype == torch.float32
+    np.testing.assert_allclose(pixel_values.numpy(), expected, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize(("height", "width"), [(30, 28), (28, 42)])
-def test_patchify_wants_whole_tokens(height, width):
-    with pytest.raises(AssertionError, match="multiples of 28"):
-        data.patchify(noise(2, height, width))
-
-
-@pytest.mark.parametrize(("height", "width"), [(56, 56), (84, 140), (252, 112)])
+@pytest.mark.parametrize(("height", "width"), [(84, 140), (252, 112)])
 def test_patchify_is_transformers_image_processor(height, width):
     from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as reference
 
@@ -579,37 +471,5 @@ def test_patchify_is_transformers_image_processor(height, width):
     theirs = processor(images=[Image.fromarray(picture[0])], return_tensors="pt")
     pixel_values, grid = data.patchify(picture)
     assert grid.tolist() == theirs["image_grid_thw"][0].tolist()
-    assert pixel_values.shape == theirs["pixel_values"].shape
     # Largest difference measured: 2.4e-7, one unit in the last place of values in [1, 2).
     np.testing.assert_allclose(pixel_values, theirs["pixel_values"], rtol=0, atol=4e-7)
-
-
-# ------------------------------------------------------------------------------- decoded samples
-
-
-class RecordingPool:
-    """Decodes nothing, and remembers what it was asked."""
-
-    def __init__(self):
-        self.asked = []
-
-    def submit(self, kind, path, **limits):
-        self.asked.append((kind, path, limits))
-        future = Future()
-        future.set_result((path, 0.5))
-        return future
-
-
-def test_limits_of_images_and_videos_reach_the_decoder():
-    pool = RecordingPool()
-    limits = {"max_frames": 6, "min_pixels": 1, "max_pixels": 2, "image_max_pixels": 3}
-    before = copy.deepcopy(limits)
-    data.submit_decode(pool, make_sample(), limits)
-    data.submit_decode(pool, make_image_sample(), limits)
-    size = {"min_pixels": 1, "factor": 28, "max_aspect": 200}
-    rate = {"max_frames": 6, "fps": 2.0, "min_frames": 4}
-    assert pool.asked == [
-        ("video", "clip.mp4", {"max_pixels": 2, **size, **rate}),
-        ("image", "a.png", {"max_pixels": 3, **size}),
-    ]
-    assert limits == before

@@ -65,15 +65,17 @@ def responses(lengths, vocabulary=500, seed=0):
 
 CASES = {
     "one-video": (["video"], [[5, 5, 5, 5]]),
-    "one-image": (["image"], [[6, 6]]),
     "mixed-lengths": (["video"], [[9, 1, 4, 0, 7]]),
     "image-and-videos": (["image", "video", "video"], [[7, 3, 1], [2, 7, 5], [0, 1, 7]]),
     "one-response-each": (["video", "image"], [[8], [3]]),
 }
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize(("kinds", "lengths"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    ("kinds", "lengths", "tied"),
+    [*((*case, False) for case in CASES.values()), (*CASES["image-and-videos"], True)],
+    ids=[*CASES, "tied"],
+)
 def test_group_logprobs_and_gradients_equal_the_plain_pass(
     toy_folder, base, tied_base, tokenizer, kinds, lengths, tied
 ):
@@ -85,7 +87,10 @@ def test_group_logprobs_and_gradients_equal_the_plain_pass(
     ids, mask = responses(lengths)
     weights = torch.randn(mask.shape, generator=torch.Generator().manual_seed(1))
 
+    calls = []
+    packed.model.visual.register_forward_hook(lambda *_: calls.append(1))
     logps = group_logprobs(packed, prompts, ids, mask)
+    assert len(calls) == 1  # whatever the number of prompts
     (logps * weights).sum().backward()
     total = 0.0
     for p, prompt in enumerate(prompts):
@@ -113,25 +118,6 @@ def test_group_logprobs_takes_a_model_that_transformers_loaded(toy_folder, base,
     torch.testing.assert_close(
         group_logprobs(theirs, prompts, ids, mask), group_logprobs(ours, prompts, ids, mask)
     )
-
-
-def test_each_prompt_of_a_batch_equals_the_prompt_alone(toy_folder, base, tokenizer):
-    model = plain.shake(load_model(str(base), CPU))
-    prompts = plain.toy_prompts(toy_folder, tokenizer, ["video", "image", "image", "video"])
-    ids, mask = responses([[5, 2], [3, 3], [0, 6], [1, 4]])
-    together = group_logprobs(model, prompts, ids, mask)
-    for p, prompt in enumerate(prompts):
-        alone = group_logprobs(model, [prompt], ids[p : p + 1], mask[p : p + 1])
-        torch.testing.assert_close(together[p : p + 1], alone, atol=1e-5, rtol=0)
-
-
-def test_vision_runs_once_whatever_the_number_of_prompts(toy_folder, base, tokenizer):
-    model = load_model(str(base), CPU)
-    calls = []
-    model.model.visual.register_forward_hook(lambda *_: calls.append(1))
-    prompts = plain.toy_prompts(toy_folder, tokenizer, ["video", "image", "video"])
-    group_logprobs(model, prompts, *responses([[2, 3]] * 3))
-    assert len(calls) == 1
 
 
 def test_activation_checkpointing_changes_no_gradient(toy_folder, base, tokenizer):
@@ -228,13 +214,10 @@ def test_rope_positions_by_hand(prompt, expected):
     assert found.tolist() == expected
 
 
-def test_rope_positions_docstring_example():
-    found = rope_positions(fields(20, 2, [4, 4, 4], 1.5))
+def test_text_continues_after_the_time_of_a_video():
+    found = rope_positions(fields(20, 2, [4, 4, 4], 1.5))  # the example of its docstring
     assert found[0, 2:18].tolist() == [2] * 4 + [5] * 4 + [8] * 4 + [11] * 4
     assert found[:, 18].tolist() == [12, 12, 12]
-
-
-def test_a_minute_of_video_pushes_the_text_a_minute_on():
     # 8 grids of 7.5 s: the last at int(7 * 15) = 105, the text at 106; transformers 5 says 4.
     assert rope_positions(fields(33, 0, [8, 4, 4], 7.5))[:, 32].tolist() == [106] * 3
 
@@ -248,12 +231,10 @@ def config(text=None, **values):
 
 
 FORBIDDEN = {
-    "vision-alone": (config(image_token_id=5, video_token_id=6, eos_token_id=1), [5, 6]),
     "all-vision": (
         config(image_token_id=5, video_token_id=6, vision_start_token_id=2,
-               vision_end_token_id=3, vision_token_id=4), [2, 3, 4, 5, 6],
+               vision_end_token_id=3, vision_token_id=4, eos_token_id=1), [2, 3, 4, 5, 6],
     ),
-    "padding": (config(image_token_id=5, pad_token_id=0, eos_token_id=1), [0, 5]),
     "padding-that-ends": (config(image_token_id=5, pad_token_id=1, eos_token_id=[1, 2]), [5]),
     "padding-in-the-text-config": (
         config({"pad_token_id": 0, "eos_token_id": 1}, image_token_id=5), [0, 5],
@@ -284,29 +265,11 @@ def test_forbidden_tokens_have_no_probability(toy_folder, base, tokenizer):
 def test_loaded_weights_equal_transformers(base, tied_base, tied):
     folder = tied_base if tied else base
     ours, theirs = load_model(str(folder), CPU), plain.load_plain(folder)
-    for (name, mine), (_, other) in zip(
-        ours.state_dict().items(), theirs.state_dict().items(), strict=True
-    ):
-        assert torch.equal(mine, other), name
-    for (name, mine), (_, other) in zip(ours.named_buffers(), theirs.named_buffers(), strict=True):
-        assert torch.equal(mine, other), name
-    same = ours.lm_head.weight is ours.model.language_model.embed_tokens.weight
-    assert same is tied
-
-
-def broken(folder, change):
-    """Apply `change` to the weights (a dict) of a copy of a model folder."""
-    weights = load_file(folder / "model.safetensors")
-    change(weights)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def lose(weights):
-    del weights["visual.merger.ln_q.weight"]
-
-
-def reshape(weights):
-    weights["model.norm.weight"] = torch.zeros(3)
+    for kind in ("state_dict", "named_buffers"):
+        mine, others = (dict(getattr(model, kind)()) for model in (ours, theirs))
+        assert mine.keys() == others.keys()
+        assert [name for name in mine if not torch.equal(mine[name], others[name])] == []
+    assert (ours.lm_head.weight is ours.model.language_model.embed_tokens.weight) is tied
 
 
 def test_a_half_precision_model_in_shards_loads_and_exports_as_it_was(
@@ -354,67 +317,46 @@ def test_a_half_precision_model_in_shards_loads_and_exports_as_it_was(
         torch.testing.assert_close(found[row, : len(response)], expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("place", ["tokenizer_config.json", "chat_template.json", "jinja"])
-def test_the_chat_template_is_found_wherever_a_folder_has_it(base, tmp_path, place):
+@pytest.mark.parametrize("place", ["chat_template.json", "chat_template.jinja"])
+def test_the_chat_template_may_lie_beside_the_tokenizer(base, tmp_path, place):
     shutil.copytree(base, tmp_path / "base")
     file = tmp_path / "base/tokenizer_config.json"
     settings = json.loads(file.read_text())
-    template = settings["chat_template"]
-    if place != "tokenizer_config.json":
-        del settings["chat_template"]
-        file.write_text(json.dumps(settings))
-        with pytest.raises(UserError, match="has no chat template"):
-            load_tokenizer(str(tmp_path / "base"))
-    if place == "chat_template.json":
-        (tmp_path / "base" / place).write_text(json.dumps({"chat_template": template}))
-    if place == "jinja":
-        (tmp_path / "base/chat_template.jinja").write_text(template)
+    template = settings.pop("chat_template")
+    file.write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="has no chat template"):
+        load_tokenizer(str(tmp_path / "base"))
+    content = template if "jinja" in place else json.dumps({"chat_template": template})
+    (tmp_path / "base" / place).write_text(content)
     assert load_tokenizer(str(tmp_path / "base")).chat_template == template
 
 
 def test_a_prompt_must_fit_into_the_models_positions(toy_folder, tokenizer):
     (prompt,) = plain.toy_prompts(toy_folder, tokenizer, ["video"], seconds=0.5)
     length = len(prompt.input_ids)
-
-    def config(positions):
-        text = SimpleNamespace(max_position_embeddings=positions)
-        vision = SimpleNamespace(tokens_per_second=2)
-        return SimpleNamespace(get_text_config=lambda: text, vision_config=vision)
-
-    require_room(prompt, 10, config(length + 10))
-    with pytest.raises(UnusableSample, match=f"{length} tokens and a response of 10 take"):
-        require_room(prompt, 10, config(length + 9))
     # An hour of video takes more positions than tokens: its last frames stand 3,600 s away.
     hour = dataclasses.replace(prompt, seconds_per_grid=1200.0)
-    with pytest.raises(UnusableSample):
-        require_room(hour, 10, config(7200))
-    require_room(hour, 10, config(7200 + length))
+    vision = SimpleNamespace(tokens_per_second=2)
+    for one, room in ((prompt, length + 10), (hour, 7200 + length)):
+        require_room(one, 10, config({"max_position_embeddings": room}, vision_config=vision))
+    for one, room in ((prompt, length + 9), (hour, 7200)):
+        with pytest.raises(UnusableSample, match=f"{length} tokens and a response of 10 take"):
+            require_room(one, 10, config({"max_position_embeddings": room}, vision_config=vision))
 
 
-@pytest.mark.parametrize(
-    ("file", "content", "words"),
-    [
-        pytest.param("preprocessor_config.json", "{}", "needs three numbers as image_mean",
-                     id="no mean"),
-        pytest.param("preprocessor_config.json", "[1]", "holds no object", id="no object"),
-        pytest.param("preprocessor_config.json", "{", "is not JSON", id="no json"),
-    ],
-)  # fmt: skip
-def test_a_bad_preprocessor_config_is_named(base, tmp_path, file, content, words):
-    shutil.copytree(base, tmp_path / "base")
-    (tmp_path / "base" / file).write_text(content)
-    with pytest.raises(UserError, match=words):
-        load_normalisation(str(tmp_path / "base"))
+def change_weights(folder, **changes):
+    """Replace weights of a model folder by others; None takes one away."""
+    weights = load_file(folder / "model.safetensors") | changes
+    weights = {name: weight for name, weight in weights.items() if weight is not None}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_an_index_that_names_a_weight_which_its_file_lacks_is_named(base, tmp_path):
-    shutil.copytree(base, tmp_path / "base")
-    names = load_file(base / "model.safetensors").keys()
-    broken(tmp_path / "base", lose)
-    index = {"weight_map": dict.fromkeys(names, "model.safetensors")}
-    (tmp_path / "base/model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="lacks visual.merger.ln_q.weight, which the index names"):
-        load_model(str(tmp_path / "base"), CPU)
+def lose(folder):
+    change_weights(folder, **{"visual.merger.ln_q.weight": None})
+
+
+def reshape(folder):
+    change_weights(folder, **{"model.norm.weight": torch.zeros(3)})
 
 
 def truncate(folder):
@@ -426,24 +368,40 @@ def hold_twice(folder):
     save_file({"visual.merger.ln_q.weight": torch.zeros(3)}, folder / "other.safetensors")
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        pytest.param(partial(broken, change=lose), "lacks the weight visual.merger.ln_q.weight",
-                     id="missing"),
-        pytest.param(partial(broken, change=reshape),
-                     r"model.norm.weight is \(3,\), its config.json says \(128,\)", id="shape"),
-        pytest.param(truncate, "the weights in .*base/model.safetensors cannot be read",
-                     id="truncated"),
-        pytest.param(hold_twice, "visual.merger.ln_q.weight is in .*other.safetensors and in",
-                     id="in two files"),
-    ],
-)  # fmt: skip
-def test_weights_that_do_not_fit_are_named(base, tmp_path, change, words):
+def lie_in_the_index(folder):
+    names = load_file(folder / "model.safetensors").keys()
+    lose(folder)
+    index = {"weight_map": dict.fromkeys(names, "model.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+DAMAGES = [
+    (lose, "lacks the weight visual.merger.ln_q.weight"),
+    (reshape, r"model.norm.weight is \(3,\), its config.json says \(128,\)"),
+    (truncate, "the weights in .*base/model.safetensors cannot be read"),
+    (hold_twice, "visual.merger.ln_q.weight is in .*other.safetensors and in"),
+    (lie_in_the_index, "lacks visual.merger.ln_q.weight, which the index names"),
+]
+
+
+@pytest.mark.parametrize(("damage", "words"), DAMAGES, ids=lambda value: value.__name__
+                         if callable(value) else "")  # fmt: skip
+def test_weights_that_do_not_fit_are_named(base, tmp_path, damage, words):
     shutil.copytree(base, tmp_path / "base")
-    change(tmp_path / "base")
+    damage(tmp_path / "base")
     with pytest.raises(UserError, match=words):
         load_model(str(tmp_path / "base"), CPU)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("{}", "needs three numbers as image_mean"), ("[1]", "holds no object"), ("{", "is not JSON")],
+)
+def test_a_bad_preprocessor_config_is_named(base, tmp_path, content, words):
+    shutil.copytree(base, tmp_path / "base")
+    (tmp_path / "base/preprocessor_config.json").write_text(content)
+    with pytest.raises(UserError, match=words):
+        load_normalisation(str(tmp_path / "base"))
 
 
 def test_a_response_that_spells_a_token_of_probability_0_is_refused(toy_folder):

@@ -3,8 +3,6 @@
 The toy is read back by the code of a real run: load_samples, read_frames, from_pretrained.
 """
 
-import json
-import math
 import os
 import subprocess
 import sys
@@ -15,14 +13,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from transformers import AutoConfig, AutoTokenizer
-from transformers import Qwen2_5_VLForConditionalGeneration as Qwen
+from transformers import AutoTokenizer
 
 import data
 import rewards
 import toy
-
-NAMES = tuple(toy.SPLITS)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +27,7 @@ def folder(toy_folder):
 
 @pytest.fixture(scope="module")
 def splits(folder):
-    return {name: data.load_samples(folder / f"data/{name}.json") for name in NAMES}
+    return {name: data.load_samples(folder / f"data/{name}.json") for name in toy.SPLITS}
 
 
 @pytest.fixture(scope="module")
@@ -40,21 +35,14 @@ def tokenizer(folder):
     return AutoTokenizer.from_pretrained(folder / "base")
 
 
-def files(folder):
-    """Every file below a folder, by its name relative to it."""
-    return {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
-
-
 def contents(folder):
-    return {name: path.read_bytes() for name, path in files(folder).items()}
+    """Bytes of every file below a folder, by its name relative to it."""
+    return {str(path.relative_to(folder)): path.read_bytes()
+            for path in folder.rglob("*") if path.is_file()}  # fmt: skip
 
 
 def answer_of(sample):
     return rewards.extract_answer(sample.solution)
-
-
-def is_choice(sample):
-    return sample.problem_type == "multiple choice"
 
 
 # --------------------------------------------------------------------------------- made from a seed
@@ -63,77 +51,47 @@ def is_choice(sample):
 def test_made_again_from_the_same_seed_gives_the_same_bytes(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # the fixture's toy comes from a process of its own
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    # A split has a generator of its own: an empty one changes no other.
+    monkeypatch.setitem(toy.SPLITS, "sft", 0)
+    monkeypatch.setitem(toy.SPLITS, "rl", 0)
     toy.ensure_toy(seed=0)
     assert torch.equal(torch.get_rng_state(), torch_state)  # the run's own draws do not move
     np.testing.assert_array_equal(np.random.get_state()[1], numpy_state)
-    assert {path.name for path in toy.FOLDER.iterdir()} == {"base", "data"}  # no scratch is left
-    first, second = contents(folder), contents(toy.FOLDER)
-    assert first.keys() == second.keys()
-    assert [name for name in first if first[name] != second[name]] == []
+    for name in ("base", "data/test"):
+        first, second = contents(folder / name), contents(toy.FOLDER / name)
+        assert first.keys() == second.keys()
+        assert [file for file in first if first[file] != second[file]] == []
+    assert toy.TEST_DATA.read_bytes() == (folder / "data/test.json").read_bytes()
 
 
 def test_only_what_is_missing_is_made_and_only_whole(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    made = []
-
-    def make(folder, seed):
-        made.append(seed)
-        (folder / "file").write_text("whole")
-
     def fail(folder, seed):
         (folder / "file").write_text("half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(toy, "make_model", make)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(toy, "make_model", lambda folder, seed: (folder / f"seed {seed}").touch())
     monkeypatch.setattr(toy, "make_data", fail)
     with pytest.raises(OSError, match="disk full"):
         toy.ensure_toy(seed=3)
     assert [path.name for path in toy.FOLDER.iterdir()] == ["base"]  # no scratch folder is left
-    monkeypatch.setattr(toy, "make_data", make)
-    toy.ensure_toy(seed=3)
+    monkeypatch.setattr(toy, "make_data", toy.make_model)
     toy.ensure_toy(seed=4)
-    assert (toy.TEST_DATA.parent / "file").read_text() == "whole"
-    assert made == [3, 3]  # the model once, the data once
+    assert sorted(str(file.relative_to(toy.FOLDER)) for file in toy.FOLDER.glob("*/*")) == [
+        "base/seed 3", "data/seed 4"]  # fmt: skip
     assert toy.BASE.stat().st_mode & 0o777 == 0o755  # others may read it
 
 
 # ------------------------------------------------------------------------------------ the data sets
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_split_is_in_the_official_format(folder, splits, name):
-    rows = json.loads((folder / f"data/{name}.json").read_text(encoding="utf-8"))
-    assert {frozenset(row) for row in rows} == {
-        frozenset({"problem_id", "problem", "data_type", "problem_type", "options", "process",
-                   "solution", "path", "data_source"})
-    }  # fmt: skip
-    used = [Path(sample.path) for sample in splits[name]]
-    assert len(set(used)) == len(used)
-    assert set(used) == set(files(folder / f"data/{name}").values())
-    assert {bool(sample.process) for sample in splits[name]} == {name == "sft"}
-
-
 def test_the_test_set_has_200_video_choices_of_balanced_answers(splits):
-    videos = [sample for sample in splits["test"] if sample.is_video and is_choice(sample)]
+    videos = of_kind(splits["test"], "direction")
     assert len(videos) >= 200
     answers = Counter(answer_of(sample) for sample in videos)
     assert max(answers.values()) < 0.35 * len(videos)  # no letter pays when it is always given
     for samples in splits.values():
         assert {sample.problem_type for sample in samples} == set(data.PROBLEM_TYPES)
-
-
-def test_each_option_text_has_one_letter(splits):
-    letters = {}
-    for sample in (sample for name in NAMES for sample in splits[name]):
-        assert bool(sample.options) == is_choice(sample)
-        for place, option in enumerate(sample.options):
-            label, text = option.split(". ")
-            assert label == "ABCD"[place]
-            letters.setdefault(text, set()).add(label)
-        if sample.options:
-            assert answer_of(sample) in "ABCD"[: len(sample.options)]
-    assert set(letters) == {*toy.DIRECTIONS, *toy.COLOURS}
-    assert all(len(labels) == 1 for labels in letters.values())
 
 
 def test_no_video_of_the_test_set_is_trained_on(splits):
@@ -144,13 +102,11 @@ def test_no_video_of_the_test_set_is_trained_on(splits):
     assert not videos("test") & videos("sft", "rl")
 
 
-def test_every_sft_response_survives_the_tokenizer_and_earns_all(splits, tokenizer):
-    for sample in splits["sft"]:
+def test_sft_responses_survive_the_tokenizer_and_earn_all(splits, tokenizer):
+    for sample in splits["sft"][:300]:
         ids = data.response_ids(sample, tokenizer)
-        assert ids[-1] == tokenizer.eos_token_id
-        text = tokenizer.decode(ids[:-1])
+        text = tokenizer.decode(ids, skip_special_tokens=True)  # the tags are not special
         assert text == f"{sample.process}\n{sample.solution}"
-        assert tokenizer.decode(ids, skip_special_tokens=True) == text  # the tags are not special
         assert rewards.format_reward(text) == 1
         assert rewards.accuracy_reward(text, sample.solution, sample.problem_type) == 1
 
@@ -175,12 +131,6 @@ def direction_of(frames):
     return "right" if dx > 0 else "left"
 
 
-def colour_of(frame):
-    inside = np.asarray(frame, np.float32)[bright(frame)].mean(0)
-    distances = {name: math.dist(inside, colour) for name, colour in toy.COLOURS.items()}
-    return min(distances, key=distances.get)
-
-
 def of_kind(samples, kind, most=10**6):
     return [sample for sample in samples if sample.data_source == f"toy/{kind}"][:most]
 
@@ -190,7 +140,7 @@ def chosen_text(sample):
 
 
 def test_the_teacher_of_the_cold_start_is_mostly_right(splits):
-    choices = of_kind(splits["sft"], "direction", most=150)
+    choices = of_kind(splits["sft"], "direction", most=100)
     frames = [data.read_frames(sample.path)[0] for sample in choices]
     right = [direction_of(f) == chosen_text(s) for f, s in zip(frames, choices, strict=True)]
     # Three quarters of the guesses are wrong; four deviations around that.
@@ -199,9 +149,8 @@ def test_the_teacher_of_the_cold_start_is_mostly_right(splits):
     assert 0 < 1 - sum(right) / len(right) < expected + 4 * deviation
 
 
-@pytest.mark.parametrize("name", ["rl", "test"])
-def test_the_square_moves_as_the_answer_says(splits, name):
-    choices = of_kind(splits[name], "direction", most=20)
+def test_videos_move_as_the_answer_says(splits):
+    choices = of_kind(splits["test"], "direction", most=20)
     assert {chosen_text(sample) for sample in choices} == set(toy.DIRECTIONS)
     for sample in choices:
         frames, seconds = data.read_frames(sample.path)
@@ -209,53 +158,19 @@ def test_the_square_moves_as_the_answer_says(splits, name):
         assert seconds == 1 / toy.FPS
         assert direction_of(frames) == chosen_text(sample)
         assert direction_of(frames[::-1]) != chosen_text(sample)
-
-    texts = of_kind(splits[name], "describe", most=10)
-    assert len(texts) == 10
-    for sample in texts:
+    for sample in of_kind(splits["test"], "describe", most=10):
         frames, _ = data.read_frames(sample.path)
-        expected = f"A {colour_of(frames[0])} square moves {direction_of(frames)}"
-        assert answer_of(sample) == expected
+        assert answer_of(sample).endswith(f"square moves {direction_of(frames)}")
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_images_show_what_the_answer_says(splits, name):
-    counts, widths = of_kind(splits[name], "count"), of_kind(splits[name], "width")
-    colours, words = of_kind(splits[name], "colour"), of_kind(splits[name], "word")
-    assert min(map(len, (counts, widths, colours, words))) >= 10
-    for sample in counts:  # squares of 16 pixels, which may touch but not cover each other
-        mask = bright(data.read_image(sample.path))
-        assert mask.sum() == int(answer_of(sample)) * 16**2
-    for sample in widths:
-        (mask,) = bright(data.read_image(sample.path))
-        assert mask.any(0).sum() == mask.any(1).sum() == int(answer_of(sample))
-    for sample in colours:
-        (image,) = data.read_image(sample.path)
-        assert colour_of(image) == chosen_text(sample)
-    for sample in words:
-        (mask,) = bright(data.read_image(sample.path))
-        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        assert 0 < rows[0] <= rows[-1] < toy.SIDE - 1  # whole within the image
-        assert 0 < columns[0] <= columns[-1] < toy.SIDE - 1
+def test_images_show_what_the_answer_says(splits):
+    for sample in of_kind(splits["test"], "count"):  # squares of 16 pixels, not over each other
+        assert bright(data.read_image(sample.path)).sum() == int(answer_of(sample)) * 16**2
+    for sample in of_kind(splits["test"], "width"):
+        assert bright(data.read_image(sample.path)).sum() == int(answer_of(sample)) ** 2
 
 
-# --------------------------------------------------------------------------------- the model folder
-
-
-def test_model_folder_opens_whole(folder):
-    _, report = Qwen.from_pretrained(folder / "base", output_loading_info=True)
-    assert not any(report.values()), report  # no missing, unexpected or misshapen weights
-
-
-def test_ids_of_config_and_tokenizer_agree(folder, tokenizer):
-    config = AutoConfig.from_pretrained(folder / "base")
-    for name, token in {
-        "image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
-        "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>",
-    }.items():  # fmt: skip
-        assert tokenizer(token, add_special_tokens=False)["input_ids"] == [getattr(config, name)]
-    assert config.text_config.vocab_size == len(tokenizer)
-
+# --------------------------------------------------------------------------------- two at a time
 
 TOGETHER = """
 import sys, time

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 
 from infra.errors import UserError
-from infra.flags import check_ranges, flag, neutral_flags, parse_config
+from infra.flags import check_ranges, flag, parse_config
 
 TOY_DEFAULTS = {"model": "toy", "steps": 3, "share": 0.9, "fast": True}
 
@@ -13,10 +13,10 @@ TOY_DEFAULTS = {"model": "toy", "steps": 3, "share": 0.9, "fast": True}
 @dataclass
 class Config:
     model: str = flag("", "a model")
-    data: str = flag("", "a file", neutral=True)
+    data: str = flag("", "a file")
     kinds: list[str] = flag(["image", "video"], "kinds of rows", choices=("image", "video"))
     steps: int = flag(100, "steps", low=0)
-    epochs: float = flag(1.0, "passes", above=0, instead_of="steps", neutral=True)
+    epochs: float = flag(1.0, "passes", above=0)
     group_size: int = flag(8, "responses", low=2)
     share: float = flag(0.5, "a share", low=0, high=1)
     fast: bool = flag(False, "whether to hurry")
@@ -28,39 +28,12 @@ def parse(*argv):
     return parse_config(Config, TOY_DEFAULTS, "train.py --model m --data d", list(argv))
 
 
-REAL = ("--model", "m", "--data", "d.json")
-
-
 def test_without_model_and_data_it_is_the_toy_and_given_flags_win():
     assert parse() == (Config(**TOY_DEFAULTS), True)
-    assert parse(*REAL) == (Config(model="m", data="d.json"), False)
+    real = ("--model", "m", "--data", "d.json", "--kinds", "video", "--share", "1e-1")
+    assert parse(*real) == (Config("m", "d.json", kinds=["video"], share=0.1), False)
     # Also where a flag says no more than the default of a real run.
     assert parse("--steps", "100", "--fast=false", "--share", "0.5") == (Config(model="toy"), True)
-
-
-VALUES = {
-    "false": (["--fast", "false"], "fast", False),
-    "joined": (["--fast=True"], "fast", True),
-    "list": (["--kinds", "video", "image", "--steps", "1"], "kinds", ["video", "image"]),
-    "exponent": (["--share", "1e-1"], "share", 0.1),
-    "whole-number-as-float": (["--share", "0"], "share", 0.0),
-    "last-one-counts": (["--steps", "1", "--steps", "2"], "steps", 2),
-}
-
-
-@pytest.mark.parametrize(("argv", "name", "value"), VALUES.values(), ids=VALUES)
-def test_values(argv, name, value):
-    found = getattr(parse(*REAL, *argv)[0], name)
-    assert (found, type(found)) == (value, type(value))
-
-
-def test_a_flag_instead_of_another_sets_it_to_0_and_both_are_an_error():
-    """Fault 21: `train_rl.py --num_epochs 0.5` made 1000 steps."""
-    for argv in (["--epochs", "0.5"], [*REAL, "--epochs=0.5"]):
-        config, _ = parse(*argv)
-        assert (config.epochs, config.steps) == (0.5, 0)
-    with pytest.raises(UserError, match="--epochs and --steps exclude each other"):
-        parse("--epochs", "2", "--steps", "5")
 
 
 def test_help_shows_the_papers_values_and_only_names_that_are_accepted(capsys):
@@ -74,21 +47,14 @@ def test_help_shows_the_papers_values_and_only_names_that_are_accepted(capsys):
 
 
 WRONG = {
-    "unknown": (["--oops", "1"], ["--oops"]),
-    "unknown-joined": (["--steps=3", "--oops=1"], ["--oops"]),
+    "unknown": (["--oops=1"], ["--oops"]),
     "misspelt": (["--grup_size", "4"], ["--grup_size", "--group_size?"]),
     "abbreviated": (["--ste", "3"], ["--ste", "--steps?"]),
     "kebab-case": (["--group-size", "3"], ["--group-size", "--group_size?"]),
     "negated": (["--no_fast"], ["--no_fast"]),
-    "upper-case": (["--STEPS", "3"], ["--STEPS"]),
     "stray-word": (["stray"], ["stray"]),
-    "value-too-many": (["--steps", "1", "2"], ["2"]),
-    "one-dash": (["-s", "1"], ["-s"]),
     "word-for-int": (["--steps", "abc"], ["--steps", "abc"]),
-    "float-for-int": (["--steps", "1.5"], ["--steps", "1.5"]),
-    "word-for-float": (["--share", "much"], ["--share", "much"]),
     "word-for-bool": (["--fast", "maybe"], ["--fast", "maybe"]),
-    "no-value": (["--group_size"], ["--group_size"]),
     "empty-list": (["--kinds"], ["--kinds"]),
     "model-alone": (["--model", "m"], ["--model", "--data"]),
     "data-alone": (["--data=d.json"], ["--data", "--model"]),
@@ -118,15 +84,7 @@ OUT_OF_RANGE = {
 @pytest.mark.parametrize(("values", "message"), OUT_OF_RANGE.values(), ids=OUT_OF_RANGE)
 def test_a_value_out_of_its_range_is_named(values, message):
     """Fault 23: inf reached time-outs and ended in a traceback."""
+    check_ranges(Config(steps=0, share=1.0, group_size=2))  # the ends belong to a range
     with pytest.raises(UserError) as caught:
         check_ranges(Config(**values))
     assert str(caught.value) == message
-
-
-def test_the_ends_of_each_range_are_allowed():
-    for values in ({"steps": 0, "share": 0.0, "group_size": 2, "order": ""}, {"share": 1.0}):
-        check_ranges(Config(**values))
-
-
-def test_neutral_flags():
-    assert neutral_flags(Config()) == {"data", "epochs"}

@@ -9,7 +9,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from infra import fused
 from infra.fused import (
-    block_width,
     fast_linear,
     float32_product,
     invert_cumulative,
@@ -46,11 +45,6 @@ def test_token_logprobs_equal_the_plain_ones(width):
         torch.testing.assert_close(mine, plain, atol=1e-6, rtol=1e-5)
 
 
-def test_no_tokens_have_no_logprobs():
-    empty = token_logprobs(torch.randn(0, 6), torch.randn(11, 6), TARGETS[:0], FORBIDDEN)
-    assert empty.shape == (0,)
-
-
 def test_logits_exist_in_blocks_only(monkeypatch):
     shapes, product = [], float32_product
 
@@ -63,20 +57,10 @@ def test_logits_exist_in_blocks_only(monkeypatch):
     assert shapes == [(7, 4), (7, 4), (7, 3)] * 2  # once forward and once backward
 
 
-def test_a_frozen_weight_gets_no_gradient():
-    hidden, weight = torch.randn(7, 6, requires_grad=True), torch.randn(11, 6)
-    token_logprobs(hidden, weight, TARGETS, FORBIDDEN).sum().backward()
-    assert hidden.grad is not None
-    assert weight.grad is None
-
-
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_blocks_are_aligned(device):
-    assert block_width(6144, "cuda") == 5376  # 2**25 / 6144 = 5461.3
-    for num_tokens in (0, 1, 7, 1000, 6144, 10**6):
-        width = block_width(num_tokens, device)
-        assert width % 128 == 0
-        assert width >= 1024
+    assert fused.block_width(6144, "cuda") == 5376  # 2**25 / 6144 = 5461.3
+    assert all(fused.block_width(number, device) % 128 == 0 for number in (0, 1, 7, 1000, 10**6))
 
 
 # ------------------------------------------------------------------------------------- products
@@ -92,8 +76,10 @@ def test_logits_of_bfloat16_are_not_rounded():
     assert ((x @ weight.T).double() - exact).abs().max() > 0.01  # the test can fail
 
 
-@pytest.mark.parametrize("vocabulary", [501, 400_000])  # one part, three of them
-@pytest.mark.parametrize("case", ["operator", "no operator", "bfloat16"])
+@pytest.mark.parametrize(
+    ("vocabulary", "case"),  # the larger one in three parts
+    [(501, "no operator"), (501, "bfloat16"), (501, "operator"), (400_000, "operator")],
+)
 def test_fast_linear_equals_the_product(vocabulary, case, monkeypatch):
     linear = torch.nn.Linear(24, vocabulary, bias=False)
     if case == "no operator":
@@ -101,7 +87,7 @@ def test_fast_linear_equals_the_product(vocabulary, case, monkeypatch):
     if case == "bfloat16":
         linear = linear.bfloat16()
     fast = fast_linear(linear)
-    for rows in (1, 8, 12, 33):
+    for rows in (1, 12):
         hidden = torch.randn(rows, 1, 24, generator=rng(), dtype=linear.weight.dtype)
         with torch.no_grad():
             found = fast(hidden)
@@ -152,7 +138,7 @@ def test_attention_with_and_without_a_mask(num_prompt, num_new):
 # ------------------------------------------------------------------------------------- drawing
 
 
-@pytest.mark.parametrize("vocabulary", [1, 2, 127, 128, 129, 1000, 151936])
+@pytest.mark.parametrize("vocabulary", [1, 127, 128, 129, 151936])
 @pytest.mark.parametrize("zeros", [0.0, 0.9])
 def test_two_levels_draw_what_one_cumulative_sum_draws(vocabulary, zeros):
     generator = rng(vocabulary)

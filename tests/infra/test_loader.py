@@ -12,17 +12,10 @@ from infra.errors import MediaError, UnusableSample, UserError
 from infra.loader import Loader, Progress, item_order
 
 
-@pytest.mark.parametrize("num_items", [1, 2, 10, 1000])
-def test_the_order_is_a_permutation_of_seed_and_epoch(num_items):
-    order = item_order(num_items, 3, 5)
-    assert sorted(order.tolist()) == [*range(num_items)]
-    item_order.cache_clear()
-    assert order.tolist() == item_order(num_items, 3, 5).tolist()
-
-
-def test_the_order_differs_by_seed_and_epoch():
+def test_each_seed_and_epoch_has_an_order_of_its_own():
     orders = {tuple(item_order(50, seed, epoch)) for seed in range(4) for epoch in range(4)}
     assert len(orders) == 16
+    assert all(sorted(order) == [*range(50)] for order in orders)
 
 
 # -------------------------------------------------------------------------------------- progress
@@ -47,29 +40,17 @@ def test_ranks_take_turns():
     assert taken_since(Progress(6, (7, 9), (0, 0, 0)), (2, 1, 1)) == [[6, 11], [8], [10]]
 
 
-@pytest.mark.parametrize(
-    ("counts", "expected"),
-    [
-        # Two ranks: the first took 0, 2, 4, the second took 1.
-        pytest.param((3, 1), Progress(3, (4,), (0,)), id="one ahead"),
-        pytest.param((2, 2), Progress(4, (), (0,)), id="in step"),
-        pytest.param((0, 0), Progress(0, (), (0,)), id="nothing taken"),
-        pytest.param((0, 2), Progress(0, (1, 3), (0,)), id="the first took nothing"),
-    ],
-)
-def test_progress_dealt_to_another_number_of_ranks(counts, expected):
-    assert Progress(counts=counts).dealt_to(1) == expected
-
-
-def test_progress_dealt_to_the_same_number_is_the_same():
+def test_progress_dealt_to_another_number_of_ranks():
+    # The first of two took 0, 2, 4, the second took 1.
+    assert Progress(counts=(3, 1)).dealt_to(1) == Progress(3, (4,), (0,))
+    assert Progress(counts=(0, 2)).dealt_to(1) == Progress(0, (1, 3), (0,))
     progress = Progress(5, (7,), (2, 3), skipped=4)
     assert progress.dealt_to(2) is progress
-    assert progress.tried == 5 + 1 + 5
-    assert progress.dealt_to(3).tried == progress.tried
+    assert progress.dealt_to(3).tried == progress.tried == 5 + 1 + 5
     assert progress.dealt_to(3).skipped == 4
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(rounds=st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=4), max_size=4))
 def test_no_place_is_taken_twice_or_lost_whatever_the_numbers_of_ranks(rounds):
     progress, seen = Progress(), []
@@ -209,7 +190,7 @@ def test_sync_adds_up_and_a_new_loader_continues_from_there(one_process):
 LIMIT = {
     "ten": (100, 10, 0.01, True),
     "eleven": (100, 11, 0.01, False),
-    "eleven-of-many": (2000, 11, 0.01, True),
+    "eleven-of-many": (1200, 11, 0.01, True),
     "more-than-one-percent": (1150, 12, 0.01, False),
     "a-fifth-allowed": (105, 20, 0.2, True),
     "none-allowed-but-ten": (30, 10, 0.0, True),
@@ -241,11 +222,6 @@ def test_too_many_unusable_items_end_the_run(one_process, number, bad, max_skipp
         assert len(lines) == bad
 
 
-def test_nothing_but_unusable_items_ends_at_once():
-    with pytest.raises(UserError, match=r"^11 of 22 samples could not be used"):
-        make_loader(50, range(50), progress=Progress(counts=(0, 0))).take(2, 0)
-
-
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_a_whole_pass_without_a_usable_item_ends_whatever_max_skipped_says(num_ranks):
     """Fault 10: media that are not mounted were tried for ever, without a line."""
@@ -254,11 +230,8 @@ def test_a_whole_pass_without_a_usable_item_ends_whatever_max_skipped_says(num_r
         loader.take(1, 0)
     assert len(loader.skipped) == 80 // num_ranks + 1
     assert str(caught.value).startswith(f"{80 // num_ranks + 1} samples in a row could not be used")
-
-
-def test_one_usable_item_in_a_pass_is_enough():
-    loader = make_loader(40, range(1, 40), max_skipped=1.0)
-    assert loader.take(3, 0) == [(0, 0)] * 3
+    one_is_enough = make_loader(40, range(1, 40), max_skipped=1.0)
+    assert one_is_enough.take(3, 0) == [(0, 0)] * 3
 
 
 def test_a_stop_is_answered_while_an_item_is_awaited(monkeypatch):

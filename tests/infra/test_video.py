@@ -6,6 +6,7 @@ within the limits, so that no resize hides a wrong frame.
 
 import doctest
 import fractions
+import functools
 import importlib.metadata
 import json
 import os
@@ -53,6 +54,7 @@ def submit(pool, path, **changes):
 # ----------------------------------------------------------------------------------- making videos
 
 
+@functools.cache
 def drawings(num, height=HEIGHT, width=WIDTH):
     """num frames uint8 (H, W, 3), no two alike: a gradient of changing hue, a moving square."""
     y, x = np.mgrid[0:height, 0:width]
@@ -187,12 +189,16 @@ def test_indices_are_qwens(total, max_frames, rate):
     assert indices == official_indices(total, rate, max_frames)
 
 
-@pytest.mark.parametrize("file", ["a.mp4", "a.mkv", "a.webm"])
+FAST_THEN_SLOW = [20 * min(i, 30) + 200 * max(i - 30, 0) for i in range(60)]
+SLIDES = [0, 5000, 5100, 9000]
+
+
 @pytest.mark.parametrize(
-    "times", [[20 * min(i, 30) + 200 * max(i - 30, 0) for i in range(60)], [0, 5000, 5100, 9000]],
-    ids=["fast-then-slow", "slides"],
+    ("file", "times"),
+    [("a.mp4", FAST_THEN_SLOW), ("a.mkv", FAST_THEN_SLOW), ("a.webm", FAST_THEN_SLOW),
+     ("a.mp4", SLIDES)], ids=["mp4", "mkv", "webm", "slides"],
 )  # fmt: skip
-def test_a_variable_rate_is_sampled_by_index(tmp_path, times, file):
+def test_a_variable_rate_is_sampled_by_index(tmp_path, file, times):
     codec, options = ("libvpx-vp9", VPX) if file == "a.webm" else ("libx264", {"bf": "2"})
     path = write_video(tmp_path / file, drawings(len(times)), codec, times=times, options=options)
     with av.open(str(path)) as opened:
@@ -230,47 +236,39 @@ DECODED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("max_frames", [16, 6])
 @pytest.mark.parametrize("name", DECODED)
-def test_frames_are_the_ones_that_pyav_decodes(tmp_path, name, max_frames):
+def test_frames_are_the_ones_that_pyav_decodes(tmp_path, name):
     file, num, arguments = DECODED[name]
     path = write_video(tmp_path / file, drawings(num), **arguments)
-    frames, seconds = read_frames(path, max_frames=max_frames)
-    rate = float(arguments.get("rate", 30))
-    indices = official_indices(num, rate, max_frames)
-    assert frames.dtype == np.uint8
-    assert frames.shape == (len(indices), HEIGHT, WIDTH, 3)
-    # 8 bits: the same pixels. 10 bits: decord 0.6.0 rounds on the way to RGB otherwise than PyAV.
-    assert_frames(frames, pyav_frames(path), indices, 2.5 if "10-bit" in name else 0.01)
-    assert seconds == pytest.approx(num / len(indices) / rate, rel=1e-9)
+    rate, reference = float(arguments.get("rate", 30)), pyav_frames(path)
+    for max_frames in (16, 6):
+        frames, seconds = read_frames(path, max_frames=max_frames)
+        indices = official_indices(num, rate, max_frames)
+        assert frames.dtype == np.uint8
+        assert frames.shape == (len(indices), HEIGHT, WIDTH, 3)
+        # 8 bits: the same pixels. 10 bits: decord 0.6.0 rounds to RGB otherwise than PyAV.
+        assert_frames(frames, reference, indices, 2.5 if "10-bit" in name else 0.01)
+        assert seconds == pytest.approx(num / len(indices) / rate, rel=1e-9)
 
 
 @pytest.mark.parametrize("gop", [2, 7, 300])
 @pytest.mark.parametrize("b_frames", [0, 1, 4])
-@pytest.mark.parametrize("is_open", [0, 1], ids=["closed", "open"])
-def test_any_h264_group_of_pictures(tmp_path, gop, b_frames, is_open):
-    params = f"open-gop={is_open}:keyint={gop}:bframes={b_frames}:b-adapt=0:scenecut=0"
-    path = write_video(tmp_path / "a.mp4", drawings(64), options={
-        "preset": "ultrafast", "x264-params": params})  # fmt: skip
-    assert_frames(read_frames(path)[0], pyav_frames(path), official_indices(64, 30))
+def test_any_h264_group_of_pictures(tmp_path, gop, b_frames):
+    for is_open in (0, 1):
+        params = f"open-gop={is_open}:keyint={gop}:bframes={b_frames}:b-adapt=0:scenecut=0"
+        path = write_video(tmp_path / "a.mp4", drawings(64), options={
+            "preset": "ultrafast", "x264-params": params})  # fmt: skip
+        assert_frames(read_frames(path)[0], pyav_frames(path), official_indices(64, 30))
 
 
-def test_presentation_times_of_a_variable_rate_start_at_zero():
-    """Frame i is decoded after the durations of the frames before it, not after its own."""
-    stts = struct.pack(">4I4i", 24 + 8, 0, 0, 2, 1, 100, 2, 1)
-    data = struct.pack(">I4s", 0, b"stbl") + stts[:4] + b"stts" + stts[8:]
-    data = b"".join(struct.pack(">I4s", 0, kind) for kind in (b"mdia", b"minf")) + data
-    assert video.mp4_pts(data, (0, len(data))).tolist() == [0, 100, 101]
+def resized(frame, height, width):
+    return np.array(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC))
 
 
 def test_a_frame_is_resized_as_pillow_does_within_the_limits(tmp_path):
     path = write_video(tmp_path / "a.mp4", drawings(8, 97, 131), pix_fmt="yuv444p")
     frames, _ = read_frames(path, min_pixels=28 * 28, max_pixels=9 * 28 * 28)
-    h, w = video.smart_resize(97, 131, 28 * 28, 9 * 28 * 28, 28)
-    assert (h, w) == (56, 84)
-    reference = [np.array(Image.fromarray(f).resize((w, h), Image.Resampling.BICUBIC))
-                 for f in pyav_frames(path)]  # fmt: skip
-    assert_frames(frames, reference, [0, 2, 5, 7])
+    assert_frames(frames, [resized(f, 56, 84) for f in pyav_frames(path)], [0, 2, 5, 7])
 
 
 @pytest.mark.parametrize("name", ["a:b.mp4", "frame%03d.mp4", "ünï 漢.mp4", "-i"])
@@ -320,11 +318,10 @@ def test_an_edit_list(tmp_path, pieces, counted, b_frames):
         assert_frames(frames, reference, [counted[i] for i in indices])
 
 
-@pytest.mark.parametrize("is_open", [0, 1], ids=["closed", "open"])
-def test_a_cut_without_encoding_is_read_whole(tmp_path, is_open):
+def test_a_cut_without_encoding_is_read_whole(tmp_path):
     """ffmpeg -ss -c copy: packets from the key frame on, an edit list that hides the first."""
     whole = write_video(tmp_path / "whole.mp4", drawings(90), options={
-        "x264-params": f"open-gop={is_open}:keyint=20:bframes=3:scenecut=0"})  # fmt: skip
+        "x264-params": "open-gop=1:keyint=20:bframes=3:scenecut=0"})  # fmt: skip
     path = tmp_path / "a.mp4"
     with av.open(str(whole)) as source, av.open(str(path), "w") as target:
         stream = target.add_stream_from_template(source.streams.video[0])
@@ -340,15 +337,6 @@ def test_a_cut_without_encoding_is_read_whole(tmp_path, is_open):
     assert seconds == 0.5
 
 
-def test_only_a_file_that_hides_frames_or_is_rotated_is_copied(tmp_path, monkeypatch):
-    path = write_video(tmp_path / "a.mp4", drawings(30), options={"bf": "3"})
-    assert b"elst" in path.read_bytes()
-    monkeypatch.delattr(video.shutil, "copyfileobj")
-    assert len(read_frames(path)[0]) == 4
-    with pytest.raises(AttributeError, match="copyfileobj"):
-        read_frames(with_edits(path, (7, 30)))
-
-
 # ---------------------------------------------------------------------------------------- rotation
 
 TURNS = {  # a, b, c, d: a pixel (x, y) is shown at (a x + c y, b x + d y)
@@ -362,17 +350,14 @@ def turned_video(path, matrix, height=HEIGHT, width=WIDTH):
     return patch(path, b"tkhd", 40, struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30))
 
 
-@pytest.mark.parametrize("size", [(84, 140), (86, 150)], ids=str)
 @pytest.mark.parametrize("name", TURNS)
-def test_a_rotated_video_is_shown_upright(tmp_path, name, size):
-    path = turned_video(tmp_path / "a.mp4", TURNS[name], *size)
+def test_a_rotated_video_is_shown_upright(tmp_path, name):
+    path = turned_video(tmp_path / "a.mp4", TURNS[name], 86, 150)
     with av.open(str(path)) as file:
         decoded = list(file.decode(video=0))
     upright = [np.rot90(f.to_ndarray(format="rgb24"), f.rotation // 90) for f in decoded]
-    h, w = video.smart_resize(*upright[0].shape[:2], SIZE["min_pixels"], SIZE["max_pixels"], 28)
-    reference = [np.array(Image.fromarray(f).resize((w, h), Image.Resampling.BICUBIC))
-                 for f in upright]  # fmt: skip
-    assert_frames(read_frames(path)[0], reference, [0, 4, 7, 11])
+    size = (84, 140) if name == "180" else (140, 84)
+    assert_frames(read_frames(path)[0], [resized(f, *size) for f in upright], [0, 4, 7, 11])
 
 
 def test_a_matrix_of_zeros_is_no_rotation(tmp_path):
@@ -380,7 +365,7 @@ def test_a_matrix_of_zeros_is_no_rotation(tmp_path):
     assert_frames(read_frames(path)[0], pyav_frames(path), [0, 4, 7, 11])
 
 
-@pytest.mark.parametrize("matrix", [(-1, 0, 0, 1), (0, 1, 1, 0), (0.7, 0.7, -0.7, 0.7)])
+@pytest.mark.parametrize("matrix", [(-1, 0, 0, 1), (0.7, 0.7, -0.7, 0.7)])
 def test_a_mirrored_or_oblique_video_is_refused(tmp_path, matrix):
     path = turned_video(tmp_path / "a.mp4", matrix)
     with pytest.raises(MediaError, match="mirrored, or rotated by an angle"):
@@ -434,14 +419,12 @@ def short_table(path):
 
 REFUSED = {  # name: (what makes it from a path, the reason)
     "missing": (lambda path: path, "No such file"),
-    "directory": (lambda path: made(os.mkdir, path), "not a regular file"),
     "fifo": (lambda path: made(os.mkfifo, path), "not a regular file"),
     "zero-bytes": (lambda path: file(path, b""), "empty"),
     "null-byte-in-the-name": (lambda path: "a\0b.mp4", "null"),
     "sound-only": (lambda path: write_video(path, [], sound=20), "no video stream"),
     "garbage": (lambda path: file(path, random.Random(1).randbytes(9000)), "not a video"),
     "hls-playlist": (lambda path: file(path, b"#EXTM3U\n#EXTINF:3,\npart.ts\n"), "not a video"),
-    "gif": (lambda path: saved(path.with_suffix(".gif"), IMAGE), "not a video"),
     "half-mp4": (half, "truncated"),
     "half-mkv": (lambda path: half(path.with_suffix(".mkv")), "truncated"),
     "half-avi": (lambda path: half(path.with_suffix(".avi"), codec="mpeg4"), "truncated"),
@@ -453,16 +436,20 @@ REFUSED = {  # name: (what makes it from a path, the reason)
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return write_video(tmp_path_factory.mktemp("pool") / "a.mp4", drawings(60))
+
+
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused_with_file_and_reason(tmp_path, name):
+def test_refused_with_file_and_reason(tmp_path, clip, name):
     make, reason = REFUSED[name]
     path = make(tmp_path / "a.mp4")
-    good = write_video(tmp_path / "good.mp4", drawings(30), options={"bf": "3", "g": "10"})
-    before, _ = read_frames(good)
+    before, _ = read_frames(clip)
     with pytest.raises(MediaError, match=reason) as error:
         read_frames(path)
     assert str(error.value).startswith(f"{path}: ")
-    assert (read_frames(good)[0] == before).all()  # a failure leaves nothing behind
+    assert (read_frames(clip)[0] == before).all()  # a failure leaves nothing behind
 
 
 # ------------------------------------------------------------------------------------------ images
@@ -546,8 +533,7 @@ REFUSED_IMAGES = {
         np.full((9, 9), 70000, np.int32))), "no fixed white"),
     "floating-point": (lambda path: saved(path.with_suffix(".tif"), Image.fromarray(
         np.full((9, 9), 0.5, np.float32))), "no fixed white"),
-    "missing": (lambda path: path, "No such file"),
-    "fifo": (lambda path: made(os.mkfifo, path), "not a regular file"),
+    "directory": (lambda path: made(os.mkdir, path), "not a regular file"),
 }  # fmt: skip
 
 
@@ -598,11 +584,6 @@ def test_a_resized_image_equals_the_image_processor(tmp_path, pil_processor, siz
 # -------------------------------------------------------------------------------------------- pool
 
 
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    return write_video(tmp_path_factory.mktemp("pool") / "a.mp4", drawings(60))
-
-
 @pytest.fixture
 def pool():
     with video.DecoderPool(num_workers=1, timeout=20) as pool:
@@ -632,18 +613,17 @@ def wait_until_dead(pids, seconds=10):
 def test_results_belong_to_their_files(tmp_path):
     expected, futures = [], []
     with video.DecoderPool(num_workers=2, timeout=20) as pool:
-        for i in range(12):
-            if i % 3:
-                path = write_video(tmp_path / f"{i}.mp4", drawings(10 + i, 56, 84 + 28 * (i % 2)))
-                futures.append(submit(pool, path, max_frames=4 + i % 5))
-                expected.append(read_frames(path, max_frames=4 + i % 5))
+        for i in range(8):
+            if i % 2:
+                path = write_video(tmp_path / f"{i}.mp4", drawings(10 + i, 56, 84))
+                futures.append(submit(pool, path, max_frames=4 + i))
+                expected.append(read_frames(path, max_frames=4 + i))
             else:
                 path = saved(tmp_path / f"{i}.png", Image.new("RGB", (60, 60), (i, 2 * i, 3 * i)))
                 futures.append(pool.submit("image", path, **SIZE))
                 expected.append((read_image(path), 0.0))
-        for i in random.Random(0).sample(range(12), 12):  # awaited in any order
+        for i in random.Random(0).sample(range(8), 8):  # awaited in any order
             frames, seconds = futures[i].result(30)
-            assert frames.dtype == np.uint8
             assert frames.flags.writeable
             assert (frames == expected[i][0]).all()
             assert seconds == expected[i][1]
@@ -671,13 +651,6 @@ def test_any_exception_in_a_worker_is_the_files_fault(tmp_path, monkeypatch):
                 submit(pool, path).result(30)
 
 
-def test_a_callers_mistake_is_no_files_fault(pool, clip):
-    with pytest.raises(KeyError, match="sound"):
-        pool.submit("sound", clip)
-    with pytest.raises(TypeError, match="no_such_limit"):
-        submit(pool, clip, no_such_limit=1)
-
-
 def test_a_hung_decoder_is_killed_and_replaced(clip):
     with video.DecoderPool(num_workers=1, timeout=1.5) as pool:
         submit(pool, clip).result(30)
@@ -690,8 +663,7 @@ def test_a_hung_decoder_is_killed_and_replaced(clip):
         assert pid_of(pool) != pid
 
 
-@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL], ids=lambda n: n.name)
-def test_a_crash_of_the_decoder_is_survived(pool, clip, number):
+def test_a_crash_of_the_decoder_is_survived(pool, clip):
     submit(pool, clip).result(30)
     pid = pid_of(pool)
     os.kill(pid, signal.SIGSTOP)  # so that it is certain to be in the middle of the job
@@ -699,15 +671,12 @@ def test_a_crash_of_the_decoder_is_survived(pool, clip, number):
     while not future.running():
         time.sleep(0.01)
     time.sleep(0.2)
-    os.kill(pid, number)
+    os.kill(pid, signal.SIGSEGV)
     os.kill(pid, signal.SIGCONT)
-    with pytest.raises(MediaError, match=f"{clip}.*exit code -{number.value}"):
+    with pytest.raises(MediaError, match=f"{clip}.*exit code -11"):
         future.result(30)
     assert submit(pool, clip).result(30)[1] == 0.5
-
-
-def test_a_death_between_two_jobs_is_no_fault_of_the_next(pool, clip):
-    submit(pool, clip).result(30)
+    # A death between two jobs is no fault of the next.
     os.kill(pid_of(pool), signal.SIGKILL)
     assert wait_until_dead([pid_of(pool)])
     assert submit(pool, clip).result(30)[1] == 0.5
@@ -768,17 +737,15 @@ PARENT = (
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
-@pytest.mark.parametrize("state", ["idle", "busy"])
-def test_no_worker_outlives_a_killed_parent(clip, state):
+def test_no_worker_outlives_a_killed_parent(clip):
     program = PARENT + (
         "for job in jobs: job.result()\n"
         "pids = [process.pid for process, _ in pool.workers.values()]\n"
-        "if sys.argv[3] == 'busy':\n"
-        "    for pid in pids: os.kill(pid, signal.SIGSTOP)\n"  # sees no end of its input
-        "    for pid in pids: pool.submit('video', sys.argv[1], **limits)\n"
+        "for pid in pids: os.kill(pid, signal.SIGSTOP)\n"  # sees no end of its input
+        "for pid in pids: pool.submit('video', sys.argv[1], **limits)\n"
         "print(*pids, flush=True)\n"
         "time.sleep(60)\n")  # fmt: skip
-    parent = subprocess.Popen([sys.executable, "-c", program, str(clip), json.dumps(LIMITS), state],
+    parent = subprocess.Popen([sys.executable, "-c", program, str(clip), json.dumps(LIMITS)],
                               stdout=subprocess.PIPE, cwd=ROOT)  # fmt: skip
     pids = [int(pid) for pid in parent.stdout.readline().split()]
     assert pids
@@ -791,7 +758,9 @@ def test_no_worker_outlives_a_killed_parent(clip, state):
 
 def test_a_program_that_forgets_to_close_ends_from_any_folder(clip, tmp_path):
     (tmp_path / "decord.py").write_text("raise ImportError('the folder of a stranger')")
-    program = PARENT + "print(jobs[0].result()[0].shape)\nraise SystemExit(7)\n"
+    program = PARENT + (
+        "print(jobs[0].result()[0].shape)\n"
+        "raise SystemExit('torch' if 'torch' in sys.modules else 7)\n")  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-P", "-c", program, str(clip), json.dumps(LIMITS)], timeout=30,
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE,
@@ -806,11 +775,6 @@ def test_a_worker_that_cannot_start_says_so(tmp_path, monkeypatch):
     with video.DecoderPool(num_workers=1, timeout=20) as pool, pytest.raises(
             RuntimeError, match="no decoder process starts"):  # fmt: skip
         pool.submit("image", path, **SIZE).result(30)
-
-
-def test_a_worker_imports_no_torch():
-    program = "from infra import video; import sys; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
 def test_the_examples_in_the_docstrings():
