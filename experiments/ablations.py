@@ -195,11 +195,16 @@ def rl_flags(study: Study, arm: Arm, seed: int) -> dict:
     return flags
 
 
+def recorded(flags: dict) -> dict[str, str]:
+    """Flags as a result has them: texts, and paths that hold on another machine too."""
+    return {key: str(value).replace(f"{ROOT}/", "") for key, value in flags.items()}
+
+
 def run_one(study: Study, name: str, seed: int) -> dict:
     """Train and evaluate one arm with one seed and record it. Returns the record."""
     arm, folder, begun = ARMS[name], study.run_folder(name, seed), time.monotonic()
     flags, metrics = rl_flags(study, arm, seed), folder / "metrics.jsonl"
-    record = {"arm": name, "seed": seed, "flags": flags, "error": None, **about()}
+    record = {"arm": name, "seed": seed, "flags": recorded(flags), "error": None, **about()}
     before = stamp(metrics)
     try:
         model = study.start_of(seed)
@@ -249,7 +254,7 @@ def is_recorded(study: Study, name: str, seed: int) -> bool:
     file = study.result_file(name, seed)
     if not file.exists():
         return False
-    now = json.loads(json.dumps(rl_flags(study, ARMS[name], seed)))
+    now = recorded(rl_flags(study, ARMS[name], seed))
     before = json.loads(file.read_text(encoding="utf-8"))["flags"]
     if before != now:
         sys.exit(f"error: {file} is of other flags: move it away, or name another --results\n"
