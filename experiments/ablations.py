@@ -228,16 +228,17 @@ def evaluate(study: Study, model: Path, folder: Path, seed: int) -> dict:
     On the bed four samples an item with the frames in order, since test.json holds each item four
     times, and one with the frames shuffled; on real data one each.
     """
-    jobs = dict.fromkeys(("ordered", "shuffled"), Path(study.options.val_data))
+    jobs = {Path(study.options.val_data): "ordered,shuffled"}
     if study.on_bed:
-        jobs = {name: study.bed / f"data/test{end}.json"
-                for name, end in (("ordered", ""), ("shuffled", "_once"))}  # fmt: skip
+        data = study.bed / "data"
+        jobs = {data / "test.json": "ordered", data / "test_once.json": "shuffled"}
     found = {}
-    for order, data in jobs.items():
-        flags = {"model": model, "data": data, "order": order, "output_dir": folder, "seed": seed}
+    for data, orders in jobs.items():
+        flags = {"model": model, "data": data, "order": orders, "output_dir": folder, "seed": seed}
         launch(study, "eval.py", flags | study.eval_flags, folder.with_suffix(".log"))
-        (file,) = folder.rglob(f"{data.stem}.{order}.jsonl")
-        found[order] = by_kind(read_lines(file))
+        for order in orders.split(","):
+            (file,) = folder.rglob(f"{data.stem}.{order}.jsonl")
+            found[order] = by_kind(read_lines(file))
     return found
 
 

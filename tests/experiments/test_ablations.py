@@ -5,18 +5,20 @@ files that the study reads. The slow one takes the real scripts.
 """
 
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
 
 from experiments import ablations
 from experiments.ablations import ARMS
-from experiments.records import CURVES, NUM_WINDOWS, by_kind, curves
+from experiments.records import CURVES, NUM_WINDOWS, by_kind, curves, read_lines
 
 # Each takes --key=value. A run of alpha 0.1 fails after its second step; one with the seed 7 before
 # its first. `slow` holds the training until it is told to stop, once.
@@ -49,12 +51,23 @@ if flags.get("alpha") == "0.1":
     "eval.py": """
 folder = pathlib.Path(flags["output_dir"]) / "m"
 folder.mkdir(parents=True, exist_ok=True)
-score = 0.75 if flags["order"] == "ordered" else 0.25
-items = [{"data_source": "bed/disagrees", "score": score, "length": 10}]
-file = folder / f"{pathlib.Path(flags['data']).stem}.{flags['order']}.jsonl"
-file.write_text("".join(json.dumps(item) + "\\n" for item in items))
+for order in flags["order"].split(","):
+    score = 0.75 if order == "ordered" else 0.25
+    items = [{"data_source": "bed/disagrees", "score": score, "length": 10}]
+    file = folder / f"{pathlib.Path(flags['data']).stem}.{order}.jsonl"
+    file.write_text("".join(json.dumps(item) + "\\n" for item in items))
 """,
 }
+STAND_INS["train_sft.py"] = """
+(pathlib.Path(flags["output_dir"]) / "model").mkdir(parents=True)
+"""
+STAND_INS["experiments/shortcut.py"] = """
+folder = pathlib.Path(flags["folder"]) / "data"
+folder.mkdir(parents=True)
+rows = [{"data_type": "video"}] * 3 + [{"data_type": "image"}]
+(folder / "rl_cue90.json").write_text(json.dumps(rows))
+(folder / "test.json").write_text(json.dumps([{"problem_id": k // 4} for k in range(8)]))
+"""
 REAL = ["--model", "m", "--data", "d.json", "--val_data", "v.json"]
 
 
@@ -62,7 +75,7 @@ REAL = ["--model", "m", "--data", "d.json", "--val_data", "v.json"]
 def folder(tmp_path, monkeypatch):
     """A working folder, and stand-ins in place of the scripts."""
     scripts = tmp_path / "scripts"
-    scripts.mkdir()
+    (scripts / "experiments").mkdir(parents=True)
     for name, body in STAND_INS.items():
         (scripts / name).write_text(HEAD + f"KEYS = {CURVES}\n" + body)
     (tmp_path / "d.json").write_text(json.dumps([{"data_type": "video"}] * 3 +
@@ -94,7 +107,7 @@ def result(folder, arm, seed):
 
 def test_a_finished_run_is_not_repeated(folder, monkeypatch):
     study(monkeypatch, "--only", "grpo", "--seeds", 0, 1)
-    assert [name for name, _ in calls(folder)] == ["train_rl", "eval", "eval"] * 2
+    assert [name for name, _ in calls(folder)] == ["train_rl", "eval"] * 2
     found = result(folder, "grpo", 1)
     kinds = {order: part["disagrees"]["score"] for order, part in found["accuracy"].items()}
     assert kinds == {"ordered": 0.75, "shuffled": 0.25} and found["error"] is None
@@ -110,7 +123,7 @@ def test_a_trained_run_is_only_evaluated(folder, monkeypatch):
     calls(folder)
     (folder / "runs/ablations/results/grpo.seed_0.json").unlink()
     study(monkeypatch, "--only", "grpo", "--seeds", 0)
-    assert [name for name, _ in calls(folder)] == ["eval", "eval"]
+    assert [name for name, _ in calls(folder)] == ["eval"]
 
 
 def test_scripts_get_the_arms_flags_and_the_users(folder, monkeypatch):
@@ -131,11 +144,43 @@ def test_scripts_get_the_arms_flags_and_the_users(folder, monkeypatch):
 
 def test_evaluation_samples_at_temperature_1(folder, monkeypatch):
     study(monkeypatch, "--only", "grpo", "--seeds", 5, "--", "--max_frames", 8)
-    flags = [flags for name, flags in calls(folder) if name == "eval"]
-    for one, order in zip(flags, ("ordered", "shuffled"), strict=True):
-        assert one == {"model": "runs/ablations/grpo/seed_5/model", "data": "v.json", "seed": "5",
-                       "order": order, "output_dir": "runs/ablations/grpo/seed_5_eval",
-                       "max_frames": "8", "temperature": "1.0", "top_p": "1.0"}  # fmt: skip
+    (flags,) = [flags for name, flags in calls(folder) if name == "eval"]
+    assert flags == {"model": "runs/ablations/grpo/seed_5/model", "data": "v.json", "seed": "5",
+                     "order": "ordered,shuffled", "output_dir": "runs/ablations/grpo/seed_5_eval",
+                     "max_frames": "8", "temperature": "1.0", "top_p": "1.0"}  # fmt: skip
+
+
+def test_the_bed_has_a_cold_start_for_each_seed_and_four_samples_an_item(folder, monkeypatch):
+    flags = {"SFT_FLAGS": {"max_steps": 9}, "RL_FLAGS": {"prompts_per_step": 8},
+             "EVAL_FLAGS": {"batch_size": 3}}  # fmt: skip
+    monkeypatch.setitem(sys.modules, "experiments.shortcut", SimpleNamespace(**flags))
+    monkeypatch.setattr(ablations.os, "cpu_count", lambda: 1)
+    only = ["grpo_cue25", "tgrpo_no_images", "tgrpo_zero", "cold_start"]
+    argv = ["ablations.py", "--only", *only, "--seeds", "3", "--results", "r"]
+    monkeypatch.setattr(sys, "argv", argv)
+    ablations.main()
+    bed, runs = "runs/ablations/bed", "runs/ablations"
+    name, found = zip(*calls(folder), strict=True)
+    assert name[:2] == ("shortcut", "train_sft") and found[0] == {"folder": bed}
+    assert found[1] == {"model": f"{bed}/base", "data": f"{bed}/data/sft.json", "seed": "3",
+                        "max_steps": "9", "output_dir": f"{runs}/sft/seed_3"}  # fmt: skip
+    starts = {one["output_dir"].split("/")[2]: (one["model"], one["data"], one["prompts_per_step"])
+              for script, one in zip(name, found, strict=True) if script == "train_rl"}  # fmt: skip
+    sft = f"{runs}/sft/seed_3/model"
+    assert starts == {
+        "grpo_cue25": (sft, f"{bed}/data/rl_cue25.json", "8"),
+        "tgrpo_no_images": (sft, f"{bed}/data/rl_cue90.json", "6"),
+        "tgrpo_zero": (f"{bed}/base", f"{bed}/data/rl_cue90.json", "8"),
+    }
+    evaluated = [(one["model"], one["data"], one["order"], one["batch_size"])
+                 for script, one in zip(name, found, strict=True) if script == "eval"]  # fmt: skip
+    assert (sft, f"{bed}/data/test.json", "ordered", "3") == evaluated[0]
+    assert (sft, f"{bed}/data/test_once.json", "shuffled", "3") == evaluated[1]
+    assert len(evaluated) == 8
+    rows = json.loads((folder / bed / "data/test_once.json").read_text())
+    assert [row["problem_id"] for row in rows] == [0, 1]
+    flags = json.loads((folder / "r/cold_start.seed_3.json").read_text())["flags"]
+    assert flags == {} and len(list((folder / "r").glob("*.json"))) == 4
 
 
 def test_a_run_that_fails_is_recorded_and_the_others_go_on(folder, monkeypatch):
@@ -196,7 +241,7 @@ def test_a_stopped_study_asks_its_scripts_and_resumes(folder, monkeypatch, signa
     assert not (folder / "runs/ablations/results").exists()
     assert [name for name, _ in calls(folder)] == ["train_rl"]  # seed 1 has not been started
     study(monkeypatch, "--only", "grpo", "--seeds", 0, 1)
-    assert [name for name, _ in calls(folder)] == ["train_rl", "eval", "eval"] * 2
+    assert [name for name, _ in calls(folder)] == ["train_rl", "eval"] * 2
 
 
 def test_nobody_writes_beside_a_script_of_a_killed_study(folder, monkeypatch):
@@ -261,3 +306,72 @@ def test_a_curve_is_the_means_of_windows(num_steps):
     total = sum(value * width for value, width in zip(found["kl"], widths, strict=True))
     assert total == pytest.approx(num_steps * (num_steps + 1) / 2)
     assert set(found["temporal"]) == {None}
+
+
+# ------------------------------------------------------------------------------ the real scripts
+
+FLAGS = {"max_frames": 8, "num_workers": 1, "max_new_tokens": 30,
+         "activation_checkpointing": "false"}  # fmt: skip
+SFT = {"model": "runs/toy/base", "data": "sft.json", "output_dir": "sft", "learning_rate": 2e-3,
+       "max_steps": 40, "prompts_per_step": 4, "prompts_per_rank": 4, "save_every": 0}  # fmt: skip
+RL = {"max_steps": 3, "prompts_per_step": 2, "prompts_per_rank": 2, "group_size": 4,
+      "shuffled_group_size": 2, "learning_rate": 4e-4, "l_min": 12, "l_max": 24,
+      "save_every": 1}  # fmt: skip
+TIMINGS = re.compile("seconds|tokens_per_second|peak_memory")
+
+
+def metrics_of(run):
+    return [{key: value for key, value in line.items() if not TIMINGS.match(key)}
+            for line in read_lines(run / "metrics.jsonl")]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_arms_end_to_end_killed_resumed_and_repeated(toy_folder, tmp_path):
+    """On a few of the toy's rows, after a cold start that is just long enough for rewards that
+    differ. The runner is killed within its first run; that run gives the same bits undisturbed, by
+    the recorded flags."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/toy").symlink_to(toy_folder / "runs/toy")
+    for name, number in (("sft", 8), ("rl", 8), ("test", 4)):
+        rows = json.loads((tmp_path / f"runs/toy/data/{name}.json").read_text())
+        rows = [row for row in rows if row["data_source"] == "toy/direction"][:number]
+        rows = [row | {"path": f"./runs/toy/data/{row['path']}"} for row in rows]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def command(script, *words):
+        return subprocess.Popen([sys.executable, ROOT / script, *map(str, words)], cwd=tmp_path,
+                                env=environment, stderr=subprocess.PIPE, text=True)  # fmt: skip
+
+    def end(process):
+        error = process.communicate(timeout=300)[1]
+        assert process.returncode == 0, error
+
+    end(command("train_sft.py", *(f"--{key}={value}" for key, value in (FLAGS | SFT).items())))
+    extra = [word for key, value in (FLAGS | RL).items() for word in (f"--{key}", value)]
+    study = ["--model", "sft/model", "--data", "rl.json", "--val_data", "test.json", "--seeds", 1]
+    both = [*study, "--only", "tgrpo", "grpo", "--", *extra]
+    runs = tmp_path / "runs/ablations"
+
+    process = command("experiments/ablations.py", *both)
+    wait_for(runs / "tgrpo/seed_1/checkpoints/step_000001", process, seconds=120)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert not (runs / "tgrpo/seed_1/model").exists() and not (runs / "results").exists()
+
+    end(command("experiments/ablations.py", *both))
+    assert "resumed from" in (runs / "tgrpo/seed_1.log").read_text()
+    records = {file.stem: json.loads(file.read_text()) for file in (runs / "results").iterdir()}
+    assert set(records) == {"tgrpo.seed_1", "grpo.seed_1"}
+    for record in records.values():
+        assert record["error"] is None and len(record["curves"]["step"]) == 3
+        assert {order: part["all"]["n"] for order, part in record["accuracy"].items()} == {
+            "ordered": 4, "shuffled": 4}  # fmt: skip
+    assert records["tgrpo.seed_1"]["curves"]["temporal_effect"][0] is not None
+    assert records["grpo.seed_1"]["curves"]["temporal_effect"] == [None] * 3
+
+    again = records["tgrpo.seed_1"]["flags"] | {"output_dir": "again"}
+    end(command("train_rl.py", *(f"--{key}={value}" for key, value in again.items())))
+    first, second = (metrics_of(run) for run in (runs / "tgrpo/seed_1", tmp_path / "again"))
+    assert first == second and any(line["grad_norm"] > 0 for line in first)
