@@ -36,56 +36,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from experiments.arms import ARMS, Arm
 from experiments.records import about, by_kind, curves, once, read_lines, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ("max_frames", "max_new_tokens", "num_workers", "prompt_template")
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way of training, with the seeds 0 .. num_seeds - 1.
-
-    flags: of train_rl.py, beside the study's. model, data: what RL starts from, and the bed's data
-    file. trains: False is the cold-started model itself. times_steps: factor of --max_steps.
-    """
-
-    num_seeds: int
-    flags: dict = field(default_factory=dict)
-    model: str = "sft"
-    data: str = "rl_cue90"
-    trains: bool = True
-    times_steps: int = 1
-
-    @property
-    def needs_bed(self) -> bool:
-        return not self.trains or (self.model, self.data) != ("sft", "rl_cue90")
-
-
-PLAIN, NONE = {"temporal": "false"}, {"advantage_norm": "none"}
-SEPARATE, ADVANTAGE = {"advantage_norm": "separate"}, {"temporal_target": "advantage"}
-PLACEBO, NO_LENGTH = {"shuffled_group_size": 0}, {"length_reward": "false"}
-ARMS = {
-    "grpo": Arm(12, PLAIN),
-    "tgrpo": Arm(12),
-    "grpo_none": Arm(12, NONE | PLAIN),
-    "tgrpo_none": Arm(12, NONE),
-    "placebo_none": Arm(12, NONE | PLACEBO),
-    "tgrpo_advantage": Arm(12, ADVANTAGE),
-    "placebo_advantage": Arm(12, ADVANTAGE | PLACEBO),
-    "cold_start": Arm(12, trains=False),
-    "grpo_cue25": Arm(6, PLAIN, data="rl_cue25"),
-    "grpo_separate": Arm(6, SEPARATE | PLAIN),
-    "tgrpo_separate": Arm(6, SEPARATE),
-    "grpo_no_length": Arm(6, NO_LENGTH | PLAIN),
-    "tgrpo_no_length": Arm(6, NO_LENGTH),
-    "tgrpo_no_images": Arm(6, {"data_types": "video"}),
-    "tgrpo_alpha01": Arm(3, {"alpha": 0.1}),
-    "tgrpo_alpha05": Arm(3, {"alpha": 0.5}),
-    "tgrpo_zero": Arm(3, model="base"),
-    "grpo_steps3": Arm(3, PLAIN, times_steps=3),
-    "tgrpo_steps3": Arm(3, times_steps=3),
-}
 
 
 class Stopped(Exception):
@@ -141,7 +96,8 @@ def launch(study: Study, script: str, flags: dict, log: Path) -> None:
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
     command = [sys.executable, *(torchrun if num_ranks > 1 else []), str(ROOT / script)]
     command += [f"--{key}={value}" for key, value in flags.items()]
-    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if study.on_bed else {})
+    alone = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # one core, the same bits again
+    environment = os.environ | (alone if study.on_bed else {})
     log.parent.mkdir(parents=True, exist_ok=True)
     if study.stopping.is_set():
         raise Stopped
@@ -341,10 +297,9 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     if options.report:
-        from experiments.report import write_report
+        from experiments.report import write_report  # needs matplotlib
 
-        seeds = {name: options.seeds or list(range(arm.num_seeds)) for name, arm in ARMS.items()}
-        return write_report(options.results, seeds)
+        return write_report(options.results, options.seeds)
     extra = {key[2:]: value for key, value in zip(options.extra[::2], options.extra[1::2],
                                                   strict=True)}  # fmt: skip
     study = Study(options, extra, claim(options.folder))

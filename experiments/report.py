@@ -19,34 +19,11 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f"error: the report's figures need matplotlib ({error}): pip install matplotlib")
 
+from experiments.arms import ARMS, CONTROL, EXPLORATORY, NEEDED, PRIMARY, SMALLEST
 from experiments.records import about
 
-SMALLEST = 2.0  # points: the smallest effect of interest
 FIRST_PILOT = 100  # seeds from here on are the pilot's
-KINDS = ("disagrees", "agrees", "absent", "image", "all")
-PRIMARY = {  # claim: (arm, the arm it is compared with)
-    "r_t helps, as printed (std)": ("tgrpo", "grpo"),
-    "r_t helps without std": ("tgrpo_none", "grpo_none"),
-    "r_t on advantages beats its placebo": ("tgrpo_advantage", "placebo_advantage"),
-}
-EXPLORATORY = {
-    "without std, r_t against its placebo": ("tgrpo_none", "placebo_none"),
-    "without std, the placebo": ("placebo_none", "grpo_none"),
-    "r_t on advantages": ("tgrpo_advantage", "grpo"),
-    "the placebo on advantages": ("placebo_advantage", "grpo"),
-    "r_t, each part normalised by itself": ("tgrpo_separate", "grpo_separate"),
-    "r_t, without the length reward": ("tgrpo_no_length", "grpo_no_length"),
-    "the length reward": ("tgrpo", "tgrpo_no_length"),
-    "images": ("tgrpo", "tgrpo_no_images"),
-    "RL": ("tgrpo", "cold_start"),
-    "the cold start": ("tgrpo", "tgrpo_zero"),
-    "alpha 0.3 against 0.1": ("tgrpo", "tgrpo_alpha01"),
-    "alpha 0.3 against 0.5": ("tgrpo", "tgrpo_alpha05"),
-    "three times the steps": ("tgrpo_steps3", "tgrpo"),
-    "r_t, three times the steps": ("tgrpo_steps3", "grpo_steps3"),
-}
-CONTROL = ("grpo_cue25", "grpo")  # must differ by NEEDED points, or the bed measures nothing
-NEEDED = 10.0
+KINDS = ("disagrees", "agrees", "absent", "image")  # of items; the first: primary outcome
 MOST_LOST = 2  # pairs that a contrast can lose to failed runs and still be decided
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLE = {"font.size": 8, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True,
@@ -139,19 +116,22 @@ def power(sd: float, n: int, coverage: float = 0.95, num_draws: int = 20_000) ->
 
 
 class Results:
-    """The records of a results folder, those of the given seeds of each arm."""
+    """The records of a results folder: of the protocol's seeds, or of the given ones."""
 
-    def __init__(self, folder: Path, seeds: dict[str, list[int]]):
-        self.folder, self.seeds = folder, seeds
+    def __init__(self, folder: Path, seeds: list[int]):
         records = [json.loads(file.read_text(encoding="utf-8"))
                    for file in sorted(folder.glob("*.seed_*.json"))]  # fmt: skip
-        records = [one for one in records if one["seed"] in seeds.get(one["arm"], [])]
-        self.records = {(one["arm"], one["seed"]): one for one in records}
-        if not records:
+        self.records = {
+            (one["arm"], one["seed"]): one for one in records
+            if one["seed"] in (seeds or range(ARMS[one["arm"]].num_seeds))
+        }  # fmt: skip
+        if not self.records:
             sys.exit(f"error: {folder} holds no result of these seeds")
-        kinds = {kind for one in records if not one["error"] for kind in one["accuracy"]["ordered"]}
-        self.kinds = [kind for kind in KINDS if kind in kinds]
-        self.primary = self.kinds[0]  # "disagrees"; on real data "all"
+        kinds = {kind for one in self.records.values() if not one["error"]
+                 for kind in one["accuracy"]["ordered"]}  # fmt: skip
+        self.kinds = [kind for kind in KINDS if kind in kinds] or ["all"]  # of real data: all items
+        self.primary = self.kinds[0]
+        self.arms = [arm for arm in ARMS if self.finished(arm)]
 
     def finished(self, arm: str) -> dict[int, dict]:
         """Seed to record, of the runs that did not fail."""
@@ -171,11 +151,9 @@ class Results:
         a, b = map(self.scores, pair)
         return [a[seed] - b[seed] for seed in a if seed in b]
 
-    def num_pairs(self, pair: tuple[str, str]) -> tuple[int, int]:
-        """How many pairs are planned, and of how many a run has failed."""
-        planned = set.intersection(*(set(self.seeds[arm]) for arm in pair))
-        failed = {one["seed"] for one in self.failed() if one["arm"] in pair}
-        return len(planned), len(planned & failed)
+    def num_lost(self, pair: tuple[str, str]) -> int:
+        """Pairs of which a run has failed."""
+        return len({one["seed"] for one in self.failed() if one["arm"] in pair})
 
 
 def text_of(found: Estimate, sign: str = "") -> str:
@@ -194,7 +172,7 @@ def arms_table(results: Results) -> str:
     header = ["arm", "seeds", *results.kinds, f"{results.primary}, each seed",
               "ordered minus shuffled", "tokens", "temporal_effect", "zero_std"]  # fmt: skip
     rows = []
-    for arm in [arm for arm in results.seeds if results.finished(arm)]:
+    for arm in results.arms:
         records = results.finished(arm).values()
         by_kind = [estimate(list(results.scores(arm, kind).values())) for kind in results.kinds]
         shuffled = results.scores(arm, order="shuffled")
@@ -211,19 +189,23 @@ def arms_table(results: Results) -> str:
     return table(header, rows)
 
 
-def primary_table(results: Results) -> str:
+def primary_table(results: Results, control: Estimate) -> str:
+    """The primary contrasts and their words. Without the control's effect no claim is decided."""
     found = {claim: estimate(results.differences(pair)) for claim, pair in PRIMARY.items()}
-    ps = [1.0 if math.isnan(one.p) else one.p for one in found.values()]
+    adjusted = holm([1.0 if math.isnan(one.p) else one.p for one in found.values()])
     rows = []
-    for (claim, one), adjusted in zip(found.items(), holm(ps), strict=True):
+    for (claim, one), p in zip(found.items(), adjusted, strict=True):
         pair = PRIMARY[claim]
-        powers = ["-" if not one.sd > 0 else f"{power(one.sd, n):.2f} / "
-                  f"{power(one.sd, n, 1 - 0.05 / 3):.2f}" for n in (12, 16)]  # fmt: skip
-        decision = word(one, adjusted, *results.num_pairs(pair))
-        rows.append([claim, " - ".join(pair), str(one.n), text_of(one, "+"), f"{one.p:.3f}",
-                     f"{adjusted:.3f}", f"**{decision}**", f"{one.sd:.2f}", *powers])  # fmt: skip
+        planned = min(ARMS[arm].num_seeds for arm in pair)
+        decision = word(one, p, planned, results.num_lost(pair))
+        if control.mean < NEEDED:
+            decision = "not decided: the control has failed"
+        powers = [f"{power(one.sd, n):.2f} / {power(one.sd, n, 1 - 0.05 / 3):.2f}"
+                  if one.sd > 0 else "-" for n in (12, 16)]  # fmt: skip
+        rows.append([claim, " - ".join(pair), str(one.n), text_of(one, "+"), f"{one.p:.4f}",
+                     f"{p:.4f}", f"**{decision}**", f"{one.sd:.2f}", *powers])  # fmt: skip
     return table(["claim", "arms", "pairs", "difference [95%]", "p", "p, Holm", "decision", "sd",
-                  "power, 12 pairs", "16 pairs"], rows)  # fmt: skip
+                  "power, 12 pairs", "power, 16 pairs"], rows)  # fmt: skip
 
 
 def exploratory_table(results: Results) -> str:
@@ -234,22 +216,23 @@ def exploratory_table(results: Results) -> str:
 
 
 def report_text(results: Results) -> str:
-    now, records = about(), list(results.records.values())
-    made = {key: sorted({str(one[key]) for one in records}) for key in now}
+    records, now = results.records.values(), about()["protocol_sha256"]
+    made = {key: sorted({str(one[key]) for one in records})
+            for key in ("protocol_sha256", "commit", "versions")}  # fmt: skip
+    changed = " (**the results are of another**)" * (made["protocol_sha256"] != [now])
     is_pilot = any(seed >= FIRST_PILOT for _, seed in results.records)
     control = estimate(results.differences(CONTROL))
-    met = "unknown" if not control.n else "met" if control.mean >= NEEDED else "not met"
     failed = [f"- {one['arm']} seed {one['seed']}: {one['error']}" for one in results.failed()]
     parts = [
-        "# Report" + " (PILOT: not to be published)" * is_pilot,
-        f"PROTOCOL.md SHA-256 {now['protocol_sha256']}",
-        *(f"results were made under {key} {', '.join(values)}" for key, values in made.items()),
-        f"Primary outcome: accuracy in percent on the items `{results.primary}`. 95% t-intervals "
-        "over seeds.",
-        primary_table(results),
-        "Power: to find 2 points with the sd of these differences, alone / first of three by Holm.",
-        f"Positive control, {' - '.join(CONTROL)}: {text_of(control, '+')} over {control.n} pairs, "
-        f"at least {NEEDED:g} needed: {met}.",
+        "# Report" + " of the pilot: not to be published" * is_pilot,
+        f"PROTOCOL.md: SHA-256 {now}{changed}. Results made under:",
+        "\n".join(f"- {key}: {', '.join(values)}" for key, values in made.items()),
+        f"Primary outcome: accuracy in percent on the items *{results.primary}*. Brackets: 95% "
+        "t-intervals over seeds. Power: chance to find a true difference of 2 points, alone / as "
+        "the first of three by Holm, with the sd of these differences.",
+        primary_table(results, control),
+        f"Positive control, {' - '.join(CONTROL)}: {text_of(control, '+')} over {control.n} pairs; "
+        f"{NEEDED:g} needed.",
         arms_table(results),
         exploratory_table(results),
         "\n".join([f"Failed runs: {len(failed) or 'none'}", *failed]),
@@ -277,7 +260,7 @@ def draw_differences(results: Results) -> Figure:
                           capsize=3)  # fmt: skip
     axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
-    axes.set_xlabel(f"difference of accuracy on `{results.primary}`, points\n"
+    axes.set_xlabel(f"difference of accuracy on the items {results.primary}, points\n"
                     "circles: seeds; diamonds: mean and 95% t-interval over seeds")  # fmt: skip
     axes.legend()
     return figure
@@ -285,7 +268,7 @@ def draw_differences(results: Results) -> Figure:
 
 def draw_kinds(results: Results) -> Figure:
     """Accuracy of each arm by kind of item."""
-    arms = [arm for arm in results.seeds if results.finished(arm)]
+    arms = results.arms
     figure = Figure((1.5 + 0.55 * len(arms), 3.8), layout="constrained")
     axes = figure.add_subplot()
     for number, kind in enumerate(results.kinds):
@@ -307,7 +290,7 @@ def draw_curves(results: Results, key: str = "temporal_effect") -> Figure:
     figure = Figure((6.4, 3.8), layout="constrained")
     axes = figure.add_subplot()
     number = 0
-    for arm in results.seeds:
+    for arm in results.arms:
         curves = [one["curves"] for one in results.finished(arm).values() if one["curves"]]
         if not curves or None in curves[0][key]:
             continue
@@ -324,7 +307,7 @@ def draw_curves(results: Results, key: str = "temporal_effect") -> Figure:
     return figure
 
 
-def write_report(folder: Path, seeds: dict[str, list[int]]) -> None:
+def write_report(folder: Path, seeds: list[int]) -> None:
     """report.md and three figures into the results folder; the text on the console too."""
     results = Results(folder, seeds)
     text = report_text(results)
