@@ -245,14 +245,14 @@ def test_a_stopped_study_asks_its_scripts_and_resumes(folder, monkeypatch, signa
 
 
 def test_nobody_writes_beside_a_script_of_a_killed_study(folder, monkeypatch):
-    process = start(folder, "--only", "grpo", "--seeds", 0, "--", "--max_steps", 3)
+    process = start(folder, "--only", "grpo", "--seeds", 0, "--", "--max_steps", 2)
     process.kill()
     process.communicate()
     with pytest.raises(SystemExit, match="still writes to"):
         study(monkeypatch, "--only", "grpo", "--seeds", 0)
     wait_for(folder / "runs/ablations/grpo/seed_0/model", subprocess.Popen(["sleep", "20"]))
     time.sleep(0.5)  # the script ends
-    study(monkeypatch, "--only", "grpo", "--seeds", 0, "--", "--max_steps", 3)
+    study(monkeypatch, "--only", "grpo", "--seeds", 0, "--", "--max_steps", 2)
     assert result(folder, "grpo", 0)["error"] is None
 
 

@@ -115,11 +115,8 @@ def write_results(folder, skip=(), failed=()):
     return folder
 
 
-def run(monkeypatch, folder, *words):
-    argv = ["ablations.py", "--report", "--results", str(folder), *map(str, words)]
-    monkeypatch.setattr(sys, "argv", argv)
-    ablations.main()
-    return (folder / "report.md").read_text()
+def text_of(folder, *seeds):
+    return report.report_text(report.Results(folder, seeds))
 
 
 def row_of(text, start):
@@ -128,8 +125,11 @@ def row_of(text, start):
 
 
 def test_a_report_says_what_the_results_say(tmp_path, monkeypatch, capsys):
-    text = run(monkeypatch, write_results(tmp_path / "r"))
-    assert text in capsys.readouterr().out
+    argv = ["ablations.py", "--report", "--results", str(write_results(tmp_path / "r"))]
+    monkeypatch.setattr(sys, "argv", argv)
+    ablations.main()
+    text = (tmp_path / "r/report.md").read_text()
+    assert text in capsys.readouterr().out and text == text_of(tmp_path / "r")
     rows = {claim: row_of(text, claim) for claim in PRIMARY}
     assert [row[6] for row in rows.values()] == ["**fails**", "**holds**", "**holds, small**"]
     values = [3.0 + (0.3, -0.3, 0.1, -0.1)[seed % 4] for seed in range(12)]
@@ -148,42 +148,42 @@ def test_a_report_says_what_the_results_say(tmp_path, monkeypatch, capsys):
             assert len(set(image.convert("L").get_flattened_data())) > 50
 
 
-def test_a_failed_run_is_named_and_takes_its_pair_along(tmp_path, monkeypatch):
+def test_a_failed_run_is_named_and_takes_its_pair_along(tmp_path):
     folder = write_results(tmp_path / "r", failed=[("grpo", 3)])
-    text = run(monkeypatch, folder)
+    text = text_of(folder)
     found = row_of(text, "r_t helps, as printed (std)")
     assert found[2] == "11" and found[6] == "**fails**"
     assert "Failed runs: 1\n- grpo seed 3: the loss is not finite" in text
 
 
-def test_an_unfinished_contrast_has_no_word(tmp_path, monkeypatch):
-    text = run(monkeypatch, write_results(tmp_path / "r", skip=[("tgrpo_none", 11)]))
+def test_an_unfinished_contrast_has_no_word(tmp_path):
+    text = text_of(write_results(tmp_path / "r", skip=[("tgrpo_none", 11)]))
     assert row_of(text, "r_t helps without std")[6] == "**unfinished: 11 of 12 pairs**"
 
 
 def test_nothing_is_decided_where_the_control_fails(tmp_path, monkeypatch):
     monkeypatch.setitem(GAINS, "grpo_cue25", 8.0)
-    text = run(monkeypatch, write_results(tmp_path / "r"))
+    text = text_of(write_results(tmp_path / "r"))
     decisions = {row_of(text, claim)[6] for claim in PRIMARY}
     assert decisions == {"**not decided: the control has failed**"}
 
 
-def test_pilot_seeds_are_reported_only_where_they_are_named(tmp_path, monkeypatch):
+def test_pilot_seeds_are_reported_only_where_they_are_named(tmp_path):
     folder = write_results(tmp_path / "r")
     for file in folder.glob("*grpo.seed_*.json"):
         record = json.loads(file.read_text())
         seed = record["seed"] + 100
         pilot = folder / f"{record['arm']}.seed_{seed}.json"
         pilot.write_text(json.dumps(record | {"seed": seed}))
-    assert "pilot" not in run(monkeypatch, folder)
-    text = run(monkeypatch, folder, "--seeds", 100, 101)
+    assert "pilot" not in text_of(folder)
+    text = text_of(folder, 100, 101)
     found = row_of(text, "r_t helps, as printed (std)")
     assert "of the pilot" in text and found[6] == "**unfinished: 2 of 12 pairs**"
 
 
-def test_few_results_are_reported_too(tmp_path, monkeypatch):
+def test_few_results_are_reported_too(tmp_path):
     only = [(arm, seed) for arm in ARMS for seed in range(12) if (arm, seed) != ("tgrpo", 0)]
-    text = run(monkeypatch, write_results(tmp_path / "r", skip=only))
+    text = text_of(write_results(tmp_path / "r", skip=only))
     assert row_of(text, "tgrpo")[2] == "60.4"
     with pytest.raises(SystemExit, match="no result"):
-        run(monkeypatch, tmp_path / "r", "--seeds", 100)
+        text_of(tmp_path / "r", 100)
