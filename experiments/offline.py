@@ -12,6 +12,7 @@ the cosine between the one with r_t (T-GRPO) and the one without (GRPO), and the
 their difference; at ratio 1, as in the first update, and without the KL, which both have.
 rollouts.jsonl has texts and lengths but no token ids. A group is counted and left out if one of its
 responses has another length when it is tokenised again: mostly one that spells a word in pieces.
+(Other pieces of the same length, or another end token, would go unnoticed.)
 
 Shapes: G responses of a group, G~ shuffled ones, T tokens.
 """

@@ -244,15 +244,27 @@ def test_a_stopped_study_asks_its_scripts_and_resumes(folder, monkeypatch, signa
     assert [name for name, _ in calls(folder)] == ["train_rl", "eval"] * 2
 
 
+def is_locked(folder):
+    try:
+        ablations.claim(folder).close()
+    except SystemExit:
+        return True
+    return False
+
+
 def test_nobody_writes_beside_a_script_of_a_killed_study(folder, monkeypatch):
     process = start(folder, "--only", "grpo", "--seeds", 0, "--", "--max_steps", 2)
     process.kill()
     process.communicate()
     with pytest.raises(SystemExit, match="still writes to"):
         study(monkeypatch, "--only", "grpo", "--seeds", 0)
-    wait_for(folder / "runs/ablations/grpo/seed_0/model", subprocess.Popen(["sleep", "20"]))
-    time.sleep(0.5)  # the script ends
+    give_up = time.monotonic() + 60
+    while is_locked(folder / "runs/ablations"):
+        assert time.monotonic() < give_up
+        time.sleep(0.05)
+    calls(folder)
     study(monkeypatch, "--only", "grpo", "--seeds", 0, "--", "--max_steps", 2)
+    assert [name for name, _ in calls(folder)] == ["eval"]  # the script has trained to its end
     assert result(folder, "grpo", 0)["error"] is None
 
 
