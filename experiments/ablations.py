@@ -1,7 +1,7 @@
 """Runs the study of PROTOCOL.md: launches the training and evaluation scripts as a user would.
 
     python experiments/ablations.py                              all arms and seeds, on the test bed
-    python experiments/ablations.py --only grpo tgrpo --seeds 100 101 --results runs/pilot
+    python experiments/ablations.py --only grpo tgrpo --seeds 100 101              two pilot seeds
     python experiments/ablations.py --report                     report.md and figures from results
     python experiments/ablations.py --model runs/sft/model --data D.json --val_data V.json \\
         --nproc_per_node 8 --only grpo tgrpo -- --max_steps 500
@@ -28,7 +28,6 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,7 +35,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from experiments.arms import ARMS, Arm
+from experiments.arms import ARMS, FIRST_PILOT, Arm
 from experiments.records import about, by_kind, curves, once, read_lines, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -237,8 +236,10 @@ def run_study(study: Study) -> None:
             for _ in pool.map(lambda seed: cold_start(study, seed), starts):
                 bar.update()
             for done in as_completed([pool.submit(run_one, study, *job) for job in jobs]):
-                with suppress(Stopped):
+                try:
                     bar.write(line_of(done.result()))
+                except Stopped:
+                    bar.write("a run was asked to stop before its end: the same command resumes it")
                 bar.update()
         except BaseException:  # Ctrl-C too: nothing new starts, and what runs saves and ends
             study.stopping.set()
@@ -275,7 +276,8 @@ def parse() -> argparse.Namespace:
     add("--only", nargs="+", choices=ARMS, default=[], metavar="ARM", help=", ".join(ARMS))
     add("--report", action="store_true", help="run nothing: table and figures from the results")
     add("--folder", type=Path, default=Path("runs/ablations"), help="of the bed and the runs")
-    add("--results", type=Path, help="default: experiments/results; with --model FOLDER/results")
+    add("--results", type=Path, help="default: experiments/results; with --model, and of pilot "
+        f"seeds ({FIRST_PILOT} and above), FOLDER/results")  # fmt: skip
     add("--model", default="", help="the SFT model of a study on real data")
     add("--data", default="", help="with --model: data file of RL")
     add("--val_data", default="", help="with --model: data file of the evaluation")
@@ -289,7 +291,8 @@ def parse() -> argparse.Namespace:
     names, values = options.extra[::2], options.extra[1::2]
     if len(names) != len(values) or not all(name.startswith("--") for name in names):
         parser.error("after -- stand flags of train_rl.py, each with one value: --name value")
-    default = options.folder / "results" if options.model else ROOT / "experiments/results"
+    is_of_record = not options.model and all(seed < FIRST_PILOT for seed in options.seeds)
+    default = ROOT / "experiments/results" if is_of_record else options.folder / "results"
     options.results = options.results or default
     return options
 
@@ -313,7 +316,7 @@ def main() -> None:
         run_study(study)
     except Failed as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Stopped):
         print("stopped: the same command resumes", file=sys.stderr)
         sys.exit(130)
     print(f"results in {options.results}")

@@ -23,6 +23,7 @@ class Arm:
         return not self.trains or (self.model, self.data) != ("sft", "rl_cue90")
 
 
+FIRST_PILOT = 100  # seeds from here on are the pilot's
 PLAIN, NONE = {"temporal": "false"}, {"advantage_norm": "none"}
 SEPARATE, ADVANTAGE = {"advantage_norm": "separate"}, {"temporal_target": "advantage"}
 PLACEBO, NO_LENGTH = {"shuffled_group_size": 0}, {"length_reward": "false"}

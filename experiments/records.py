@@ -60,7 +60,8 @@ def about() -> dict:
 
 
 def read_lines(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    """The objects of a .jsonl file, without a last line that a kill has torn."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def write_json(file: Path, content: object) -> None:

@@ -19,10 +19,17 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f"error: the report's figures need matplotlib ({error}): pip install matplotlib")
 
-from experiments.arms import ARMS, CONTROL, EXPLORATORY, NEEDED, PRIMARY, SMALLEST
+from experiments.arms import (
+    ARMS,
+    CONTROL,
+    EXPLORATORY,
+    FIRST_PILOT,
+    NEEDED,
+    PRIMARY,
+    SMALLEST,
+)
 from experiments.records import about
 
-FIRST_PILOT = 100  # seeds from here on are the pilot's
 KINDS = ("disagrees", "agrees", "absent", "image")  # of items; the first: primary outcome
 MOST_LOST = 2  # pairs that a contrast can lose to failed runs and still be decided
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -20,8 +20,9 @@ from experiments import ablations
 from experiments.ablations import ARMS
 from experiments.records import CURVES, NUM_WINDOWS, by_kind, curves, read_lines
 
-# Each takes --key=value. A run of alpha 0.1 fails after its second step; one with the seed 7 before
-# its first. `slow` holds the training until it is told to stop, once.
+# Each takes --key=value. A run of alpha 0.1 fails after its second step, one with seed 7 before its
+# first; one with seed 8 is asked to stop at once. A file named `slow` holds the next run until it is
+# told to stop, or for so many seconds as it has steps.
 HEAD = """
 import json, pathlib, signal, sys, time
 flags = dict(word[2:].split("=", 1) for word in sys.argv[1:])
@@ -34,6 +35,8 @@ STAND_INS = {
 folder = pathlib.Path(flags["output_dir"])
 if flags["seed"] == "7":
     sys.exit("error: no such data")
+if flags["seed"] == "8":
+    sys.exit(0)
 folder.mkdir(parents=True, exist_ok=True)
 if pathlib.Path("slow").exists():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
@@ -45,6 +48,7 @@ with (folder / "metrics.jsonl").open("a") as file:
         line = dict.fromkeys(KEYS, step / 10) | {"step": step, "temporal": None}
         file.write(json.dumps(line) + "\\n")
 if flags.get("alpha") == "0.1":
+    (folder / "metrics.jsonl").open("a").write('{"step": 3, "lo')
     sys.exit("error: the loss is not finite")
 (folder / "model").mkdir()
 """,
@@ -156,17 +160,17 @@ def test_the_bed_has_a_cold_start_for_each_seed_and_four_samples_an_item(folder,
     monkeypatch.setitem(sys.modules, "experiments.shortcut", SimpleNamespace(**flags))
     monkeypatch.setattr(ablations.os, "cpu_count", lambda: 1)
     only = ["grpo_cue25", "tgrpo_no_images", "tgrpo_zero", "cold_start"]
-    argv = ["ablations.py", "--only", *only, "--seeds", "3", "--results", "r"]
+    argv = ["ablations.py", "--only", *only, "--seeds", "103"]  # of the pilot
     monkeypatch.setattr(sys, "argv", argv)
     ablations.main()
     bed, runs = "runs/ablations/bed", "runs/ablations"
     name, found = zip(*calls(folder), strict=True)
     assert name[:2] == ("shortcut", "train_sft") and found[0] == {"folder": bed}
-    assert found[1] == {"model": f"{bed}/base", "data": f"{bed}/data/sft.json", "seed": "3",
-                        "max_steps": "9", "output_dir": f"{runs}/sft/seed_3"}  # fmt: skip
+    assert found[1] == {"model": f"{bed}/base", "data": f"{bed}/data/sft.json", "seed": "103",
+                        "max_steps": "9", "output_dir": f"{runs}/sft/seed_103"}  # fmt: skip
     starts = {one["output_dir"].split("/")[2]: (one["model"], one["data"], one["prompts_per_step"])
               for script, one in zip(name, found, strict=True) if script == "train_rl"}  # fmt: skip
-    sft = f"{runs}/sft/seed_3/model"
+    sft = f"{runs}/sft/seed_103/model"
     assert starts == {
         "grpo_cue25": (sft, f"{bed}/data/rl_cue25.json", "8"),
         "tgrpo_no_images": (sft, f"{bed}/data/rl_cue90.json", "6"),
@@ -179,8 +183,8 @@ def test_the_bed_has_a_cold_start_for_each_seed_and_four_samples_an_item(folder,
     assert len(evaluated) == 8
     rows = json.loads((folder / bed / "data/test_once.json").read_text())
     assert [row["problem_id"] for row in rows] == [0, 1]
-    flags = json.loads((folder / "r/cold_start.seed_3.json").read_text())["flags"]
-    assert flags == {} and len(list((folder / "r").glob("*.json"))) == 4
+    flags = json.loads((folder / runs / "results/cold_start.seed_103.json").read_text())["flags"]
+    assert flags == {} and len(list((folder / runs / "results").iterdir())) == 4
 
 
 def test_a_run_that_fails_is_recorded_and_the_others_go_on(folder, monkeypatch):
@@ -190,6 +194,13 @@ def test_a_run_that_fails_is_recorded_and_the_others_go_on(folder, monkeypatch):
     calls(folder)
     study(monkeypatch, "--only", "tgrpo_alpha01", "tgrpo", "--seeds", 0)
     assert calls(folder) == []
+
+
+def test_a_run_that_was_asked_to_stop_is_not_recorded(folder, monkeypatch, capsys):
+    study(monkeypatch, "--only", "grpo", "--seeds", 8, 0)
+    assert "asked to stop before its end" in capsys.readouterr().out
+    files = (folder / "runs/ablations/results").iterdir()
+    assert [file.name for file in files] == ["grpo.seed_0.json"]
 
 
 def test_a_script_that_takes_no_step_ends_the_study(folder, monkeypatch):
