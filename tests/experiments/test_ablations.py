@@ -20,9 +20,9 @@ from experiments import ablations
 from experiments.ablations import ARMS
 from experiments.records import CURVES, NUM_WINDOWS, by_kind, curves, read_lines
 
-# Each takes --key=value. A run of alpha 0.1 fails after its second step, one with seed 7 before its
-# first; one with seed 8 is asked to stop at once. A file named `slow` holds the next run until it is
-# told to stop, or for so many seconds as it has steps.
+# Each takes --key=value. A run of alpha 0.1 fails after its second step, one with seed 7 before the
+# first; one with seed 8 is asked to stop at once. A file named `slow` holds the next run until it
+# is told to stop, or for as many seconds as it has steps.
 HEAD = """
 import json, pathlib, signal, sys, time
 flags = dict(word[2:].split("=", 1) for word in sys.argv[1:])
