@@ -302,11 +302,11 @@ def test_a_row_that_spells_the_pad_token_is_skipped(toy, tmp_path):
     file = tmp_path / "base/config.json"
     settings = json.loads(file.read_text())
     file.write_text(json.dumps(settings | {"pad_token_id": settings["bos_token_id"]}))
-    rows = json.loads((toy / "data/sft.json").read_text())[:4]
+    rows = json.loads((toy / "rows.json").read_text())[:4]
     rows[2]["process"] = "<|endoftext|>"
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     run(toy, tmp_path / "run", model=str(tmp_path / "base"), data=str(tmp_path / "rows.json"),
-        data_root=str(toy / "data"), max_steps=2)  # fmt: skip
+        data_root=str(toy), max_steps=2)  # fmt: skip
     (skipped,) = map(json.loads, (tmp_path / "run/skipped.jsonl").open())
     assert skipped["row"] == 2 and "never sampled" in skipped["reason"]
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
