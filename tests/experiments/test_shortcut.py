@@ -1,0 +1,180 @@
+"""experiments/shortcut.py: official rows, cues in the shares that are promised, the same videos in
+all versions, and answers that no single frame gives away."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from transformers import AutoTokenizer
+
+import data
+import rewards
+
+spec = importlib.util.spec_from_file_location("shortcut", ROOT / "experiments/shortcut.py")
+shortcut = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(shortcut)
+
+FILES = ("sft", *shortcut.CUE_SHARES, "test")
+CORNER = (slice(None), slice(0, 2), slice(0, 2))  # frames, rows, columns: inside of the cue
+PAIRS = [("left", "right"), ("top", "bottom"), ("large", "small"), ("bright", "dark"),
+         ("red", "green"), ("green", "yellow")]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bed")
+    command = [sys.executable, str(ROOT / "experiments/shortcut.py"), "--folder", str(folder)]
+    both = [subprocess.Popen(command, cwd=folder) for _ in range(2)]  # as an eager runner might
+    assert [process.wait() for process in both] == [0, 0]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def samples(bed):
+    return {name: data.load_samples(bed / f"data/{name}.json") for name in FILES}
+
+
+def letter(sample):
+    return "ABCD".index(rewards.extract_answer(sample.solution))
+
+
+def frames_of(sample):
+    return data.read_frames(sample.path, 8, 28 * 28)[0]
+
+
+def look_of(sample):
+    """The number of the cue in the corner of every frame; None: there is none."""
+    corner = frames_of(sample)[CORNER].reshape(-1, 3).astype(int)
+    near = [np.abs(corner - colour).max() < 12 for colour in np.array(shortcut.CUES)]
+    assert sum(near) <= 1
+    return near.index(True) if any(near) else None
+
+
+# ------------------------------------------------------------------------------------------ folder
+
+
+def test_two_at_once_leave_one_whole_bed_and_a_second_call_nothing_new(bed):
+    assert {path.name for path in bed.iterdir()} == {"base", "data"}
+    assert {path.name for path in (bed / "data").iterdir()} == {
+        *FILES, *(f"{name}.json" for name in FILES)
+    }  # fmt: skip
+    times = {path: path.stat().st_mtime_ns for path in bed.rglob("*")}
+    shortcut.ensure_bed(bed)
+    assert {path: path.stat().st_mtime_ns for path in bed.rglob("*")} == times
+
+
+def test_the_flags_are_read_without_torch():
+    code = "import sys, shortcut; assert shortcut.RL_FLAGS; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT / "experiments", check=True)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_rows_are_official_and_have_four_options(bed, samples, name):
+    rows = json.loads((bed / f"data/{name}.json").read_text())
+    assert {frozenset(row) for row in rows} == {
+        frozenset({"problem_id", "problem", "data_type", "problem_type", "options", "process",
+                   "solution", "path", "data_source"})
+    }  # fmt: skip
+    assert {len(sample.options) for sample in samples[name]} == {4}
+    assert {bool(sample.process) for sample in samples[name]} == {name == "sft"}
+    assert all(Path(sample.path).is_file() for sample in samples[name])
+    text = "\n".join(map(data.question_text, samples[name]))
+    assert len(set(text.split("\n"))) < 50  # no row has a text of its own
+
+
+def test_the_tokenizer_knows_every_word(bed, samples):
+    tokenizer = AutoTokenizer.from_pretrained(bed / "base")
+    for sample in samples["sft"][:200]:
+        text = f"{data.question_text(sample, '{question}')}{sample.process}{sample.solution}"
+        words = [word for word in text.replace("<", " <").split() if word.isalpha()]
+        assert all(len(tokenizer(f" {word}")["input_ids"]) == 1 for word in words)
+
+
+# -------------------------------------------------------------------------------------------- cues
+
+
+def test_the_cold_start_has_no_cue(samples):
+    videos = [sample for sample in samples["sft"] if sample.is_video]
+    assert {look_of(sample) for sample in videos[:300]} == {None}
+
+
+@pytest.mark.parametrize("name, share", shortcut.CUE_SHARES.items())
+def test_the_cue_agrees_in_the_share_that_the_file_is_named_for(samples, name, share):
+    videos = [sample for sample in samples[name] if sample.is_video]
+    pairs = [(look_of(sample), letter(sample)) for sample in videos]
+    agreeing = sum(look == answer for look, answer in pairs)
+    assert agreeing == round(share * len(videos))
+    others = Counter((look - answer) % 4 for look, answer in pairs if look != answer)
+    assert set(others) == {1, 2, 3}
+    assert max(others.values()) < 0.45 * sum(others.values())
+
+
+def test_both_rl_files_hold_the_same_questions_and_apart_from_the_cue_the_same_frames(samples):
+    one, other = (samples[name] for name in shortcut.CUE_SHARES)
+    assert [(s.problem, s.solution) for s in one] == [(s.problem, s.solution) for s in other]
+    videos = [(a, b) for a, b in zip(one, other, strict=True) if a.is_video]
+    for first, second in videos[:50]:
+        corner = shortcut.CUE_SIDE
+        a, b = frames_of(first), frames_of(second)
+        np.testing.assert_array_equal(a[:, corner:], b[:, corner:])
+
+
+def test_each_test_video_stands_there_three_times_with_looks_balanced_over_answers(samples):
+    items = {sample.problem_id: sample for sample in samples["test"]}.values()
+    assert len(items) >= 1000
+    copies = Counter(sample.problem_id for sample in samples["test"])
+    assert set(copies.values()) == {shortcut.NUM_SAMPLES}
+    versions, looks = defaultdict(dict), defaultdict(Counter)
+    for sample in items:
+        if sample.is_video:
+            video, kind = Path(sample.path).stem.split("_")
+            assert sample.data_source == f"shortcut/{kind}"
+            versions[video][kind] = sample
+            looks[kind][sample.problem, letter(sample), look_of(sample)] += 1
+        else:
+            assert sample.data_source.startswith("shortcut/image/")
+    for three in versions.values():
+        assert set(three) == {"agrees", "disagrees", "absent"}
+        assert len({(sample.problem, sample.solution) for sample in three.values()}) == 1
+    assert all(look == answer for _, answer, look in looks["agrees"])
+    assert {look for _, _, look in looks["absent"]} == {None}
+    assert len(looks["disagrees"]) == 3 * 4 * 3
+    assert all(look != answer for _, answer, look in looks["disagrees"])
+    for counter in looks.values():
+        assert len(set(counter.values())) == 1
+
+
+# ----------------------------------------------------------------------------------------- answers
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+def test_a_video_played_backwards_has_the_same_frames_and_another_answer(pair):
+    for seed in range(20):
+        forwards, backwards = (
+            shortcut.draw_video(np.random.default_rng(seed), *ends) for ends in (pair, pair[::-1])
+        )
+        np.testing.assert_array_equal(forwards[::-1], backwards)
+        assert not np.array_equal(forwards, backwards)
+
+
+@pytest.mark.parametrize("kind", shortcut.KINDS)
+@pytest.mark.parametrize("answer", range(4))
+def test_the_states_that_are_shown_fit_the_answer(kind, answer):
+    states = shortcut.KINDS[kind][2]
+    _, ends = shortcut.draw_item(np.random.default_rng(answer), kind, True, answer)
+    assert states.index(ends[0] if kind == "colour" else ends[1]) == answer
+    assert ends[0] != ends[1]
+    _, shown = shortcut.draw_item(np.random.default_rng(answer), kind, False, answer)
+    assert shown == [states[answer]]
+
+
+@pytest.mark.parametrize("name, letters", [("sft", 0.3), ("rl_cue90", 0.3)])
+def test_no_letter_pays_when_it_is_always_given(samples, name, letters):
+    counts = Counter(letter(sample) for sample in samples[name])
+    assert max(counts.values()) < letters * len(samples[name])
