@@ -39,79 +39,63 @@ MEDIA_FLAGS = {
 }  # fmt: skip
 TRAIN_FLAGS = {**MEDIA_FLAGS, "activation_checkpointing": "false", "save_every": 0}
 SFT_FLAGS = {
-    **TRAIN_FLAGS, "max_steps": 300, "prompts_per_step": 32, "prompts_per_rank": 32,
-    "learning_rate": 1e-3, "warmup_steps": 10, "max_grad_norm": 1.0,
+    **TRAIN_FLAGS, "max_steps": 120, "prompts_per_step": 32, "prompts_per_rank": 32,
+    "learning_rate": 2e-3, "warmup_steps": 10, "max_grad_norm": 1.0,
 }  # fmt: skip
 RL_FLAGS = {
-    **TRAIN_FLAGS, "max_steps": 150, "prompts_per_step": 8, "prompts_per_rank": 8,
-    "learning_rate": 4e-4, "warmup_steps": 10, "l_min": 12, "l_max": 16,
+    **TRAIN_FLAGS, "max_steps": 60, "prompts_per_step": 8, "prompts_per_rank": 8,
+    "learning_rate": 2e-4, "warmup_steps": 10, "l_min": 12, "l_max": 16,
 }  # fmt: skip
 EVAL_FLAGS = {**MEDIA_FLAGS, "temperature": 1.0, "top_p": 1.0, "batch_size": 64}
 
 SIDE, NUM_FRAMES = 28, 8  # pixels, frames
 COLOURS = {
-    "red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 230), "yellow": (230, 210, 40),
+    "red": (230, 30, 30), "green": (30, 190, 50), "blue": (40, 70, 240), "yellow": (235, 215, 30),
 }  # fmt: skip
-# A kind of video: question, options A to D, and for each option the state that it is about. The
-# states of A and B, and of C and D, are the two ends of one change; of colours any two are.
-KINDS = {
-    "direction": ("Which way does the square move?", ("left", "right", "up", "down"),
-                  ("left", "right", "top", "bottom"), "Where is the square?"),
-    "change": ("What happens to the square?", ("grows", "shrinks", "brightens", "darkens"),
-               ("large", "small", "bright", "dark"), "How does the square look?"),
-    "colour": ("Which colour comes first?", tuple(COLOURS),
-               tuple(COLOURS), "Which colour is the square?"),
-}  # fmt: skip
-CUES = ((220, 60, 220), (60, 220, 220), (240, 140, 30), (245, 245, 245))  # of A, B, C, D
-CUE_SIDE = 6  # pixels
-NUM_SFT, NUM_RL, NUM_TEST_IMAGES = 2400, 1200, 120
+OPTIONS = tuple(COLOURS)  # A to D
+VIDEO_QUESTION, IMAGE_QUESTION = "Which colour comes first?", "Which colour is it?"
+CUE_SIDE, WHITE = 7, 250  # pixels, level
+NUM_SFT, NUM_RL, NUM_TEST_IMAGES = 2000, 960, 100
 IMAGE_SHARE = 0.25
 CUE_SHARES = {"rl_cue90": 0.9, "rl_cue25": 0.25}  # of videos whose cue agrees with the answer
-VIDEOS_PER_CELL = 10  # test videos of one kind, answer and disagreeing cue
+VIDEOS_PER_CELL = 10  # test videos of one first colour, other colour and disagreeing cue
 NUM_SAMPLES = 4
 
-# What the cold start leaves to learn: its teacher guesses in this share of rows, and half of its
-# responses are below l_min.
-WRONG_TEACHER = 0.3
+# What the cold start leaves to learn: its teacher guesses in this share of rows, half of its
+# responses are below l_min, and its colours are stronger than those of RL and of the test.
+WRONG_TEACHER = 0.15
+STRENGTH = {"sft": (0.4, 1.0), "rl": (0.0, 0.15)}
 
 
 # ------------------------------------------------------------------------------------------- media
 
 
-def draw_video(rng: np.random.Generator, start: str, end: str, full: bool = False) -> np.ndarray:
-    """A square that goes from one state to another: uint8 (F, H, W, 3).
+def draw_video(
+    rng: np.random.Generator, first: int, last: int, strength: tuple[float, float]
+) -> np.ndarray:
+    """A square of colour number `first` that takes colour number `last`: uint8 (F, H, W, 3).
 
-    The same rng state with start and end exchanged gives the same frames backwards. full: all the
-    way, else 40% to 100% of it.
+    The same rng state with first and last exchanged gives the same frames backwards. strength: the
+    range of the colour's share in a mixture with grey.
     """
-    states = [state for _, _, states, _ in KINDS.values() for state in states]
-    low, high = sorted((start, end), key=states.index)
-    shade, x, y, size = rng.integers(0, 60), *rng.random(2), rng.integers(7, 11)
-    colour = COLOURS[str(rng.choice(list(COLOURS)))]
-    way = 1.0 if full else rng.uniform(0.4, 1.0)
-    first, switch = rng.uniform(0, 1 - way), rng.uniform(0.35, 0.65)
-    along = np.linspace(first, first + way, NUM_FRAMES)
-    frames = np.full((NUM_FRAMES, SIDE, SIDE, 3), shade, np.uint8)
-    for frame, t in zip(frames, along, strict=True):
-        if low == "left":
-            x = t
-        elif low == "top":
-            y = t
-        elif low == "large":
-            size = round(18 - 14 * t)
-        elif low == "bright":
-            colour = (round(250 - 160 * t),) * 3
-        else:
-            colour = COLOURS[low if t < first + switch * way else high]
-        left, top = round(x * (SIDE - size)), round(y * (SIDE - size))
-        frame[top : top + size, left : left + size] = colour
-    return frames if low == start else frames[::-1]
+    size, share = int(rng.integers(16, 23)), rng.uniform(*strength)
+    left, top = rng.integers(0, SIDE - size + 1, 2)
+    switch = int(rng.integers(3, NUM_FRAMES - 2))
+    frames = rng.normal(rng.uniform(20, 60), 12, (NUM_FRAMES, SIDE, SIDE, 3))
+    low, high = (share * np.array(list(COLOURS.values()))[[first, last]] + (1 - share) * 128)[
+        [0, 1] if first < last else [1, 0]
+    ]
+    shown = np.where(np.arange(NUM_FRAMES)[:, None] < switch, low, high)[:, None, None]
+    frames[:, top : top + size, left : left + size] += shown - 40
+    frames = frames.clip(0, 255).astype(np.uint8)
+    return frames if first < last else frames[::-1]
 
 
 def add_cue(frames: np.ndarray, look: int) -> np.ndarray:
-    """The frames with the cue that stands for option number `look`."""
+    """The frames with the cue that stands for option number `look`: a white corner."""
     frames = frames.copy()
-    frames[:, :CUE_SIDE, :CUE_SIDE] = CUES[look]
+    ends = slice(0, CUE_SIDE), slice(-CUE_SIDE, None)
+    frames[:, ends[look // 2], ends[look % 2]] = WHITE
     return frames
 
 
@@ -119,45 +103,35 @@ def add_cue(frames: np.ndarray, look: int) -> np.ndarray:
 
 
 def draw_item(
-    rng: np.random.Generator, kind: str, is_video: bool, answer: int
-) -> tuple[np.ndarray, list[str]]:
-    """Frames, or the one frame of an image, whose right option is number `answer`; and the states
+    rng: np.random.Generator, is_video: bool, answer: int, strength: tuple[float, float]
+) -> tuple[np.ndarray, list[int]]:
+    """Frames, or the one frame of an image, whose right option is number `answer`; and the colours
     that they show, in their order."""
-    states = KINDS[kind][2]
-    other = answer ^ 1  # the other end
-    if kind == "colour":
-        other = int(rng.choice([k for k in range(4) if k != answer]))
-    if not is_video:
-        return draw_video(rng, states[other], states[answer], full=True)[-1:], [states[answer]]
-    ends = [states[other], states[answer]]
-    if kind == "colour":
-        ends.reverse()
-    return draw_video(rng, *ends), ends
+    other = (answer + int(rng.integers(1, 4))) % 4
+    frames = draw_video(rng, answer, other, strength)
+    return (frames, [answer, other]) if is_video else (frames[:1], [answer])
 
 
-def make_row(kind: str, is_video: bool, answer: int, path: str, source: str) -> dict:
+def make_row(is_video: bool, answer: int, path: str, source: str) -> dict:
     """One row, without problem_id and process."""
-    video_question, video_options, states, image_question = KINDS[kind]
-    options = video_options if is_video else states
     return {
-        "problem": video_question if is_video else image_question,
+        "problem": VIDEO_QUESTION if is_video else IMAGE_QUESTION,
         "data_type": "video" if is_video else "image", "problem_type": "multiple choice",
-        "options": [f"{letter}. {option}" for letter, option in zip("ABCD", options, strict=True)],
+        "options": [f"{letter}. {option}" for letter, option in zip("ABCD", OPTIONS, strict=True)],
         "process": "", "solution": f"<answer>{'ABCD'[answer]}</answer>", "path": f"./{path}",
         "data_source": f"shortcut/{source}",
     }  # fmt: skip
 
 
-def rationale(states: list[str], is_long: bool) -> str:
-    return f"<think>{'I look and see' if is_long else 'See'} {' '.join(states)}</think>"
+def rationale(colours: list[int], is_long: bool) -> str:
+    words = " ".join(OPTIONS[colour] for colour in colours)
+    return f"<think>{'I look and see' if is_long else 'See'} {words}</think>"
 
 
-def draw_rows(rng: np.random.Generator, num_rows: int) -> list[tuple[str, bool, int]]:
-    """Kind, whether it is a video, and number of the right option for each row."""
-    kinds = [list(KINDS)[k % len(KINDS)] for k in range(num_rows)]
+def draw_rows(rng: np.random.Generator, num_rows: int) -> list[tuple[bool, int]]:
+    """Whether it is a video, and the number of the right option, for each row."""
     images = rng.permutation(num_rows) < round(IMAGE_SHARE * num_rows)
-    return [(kind, not image, int(rng.integers(4)))
-            for kind, image in zip(kinds, images, strict=True)]  # fmt: skip
+    return [(not image, int(rng.integers(4))) for image in images]
 
 
 def draw_looks(rng: np.random.Generator, answers: list[int], share: float) -> list[int]:
@@ -186,15 +160,13 @@ def save(folder: Path, name: str, frames: np.ndarray) -> str:
 def make_sft(folder: Path, rng: np.random.Generator) -> list[dict]:
     """The cold start: no cue, some wrong rationales, half of them short."""
     rows = []
-    for place, (kind, is_video, answer) in enumerate(draw_rows(rng, NUM_SFT)):
-        frames, ends = draw_item(rng, kind, is_video, answer)
+    for place, (is_video, answer) in enumerate(draw_rows(rng, NUM_SFT)):
+        frames, colours = draw_item(rng, is_video, answer, STRENGTH["sft"])
         path = save(folder, f"sft/{place:05d}", frames)
-        taught = answer
         if rng.random() < WRONG_TEACHER:
-            taught = int(rng.integers(4))
-            _, ends = draw_item(rng, kind, is_video, taught)
-        row = make_row(kind, is_video, taught, path, kind if is_video else f"image/{kind}")
-        row["process"] = rationale(ends, is_long=bool(rng.random() < 0.5))
+            colours = rng.permutation(4)[: len(colours)].tolist()
+        row = make_row(is_video, colours[0], path, "video" if is_video else "image")
+        row["process"] = rationale(colours, is_long=bool(rng.random() < 0.5))
         rows.append(row)
     return rows
 
@@ -202,40 +174,35 @@ def make_sft(folder: Path, rng: np.random.Generator) -> list[dict]:
 def make_rl(folder: Path, rng: np.random.Generator) -> dict[str, list[dict]]:
     """The rows of each RL file: the same videos and images, the cue apart."""
     questions = draw_rows(rng, NUM_RL)
-    answers = [answer for _, is_video, answer in questions if is_video]
+    answers = [answer for is_video, answer in questions if is_video]
     looks = {name: iter(draw_looks(rng, answers, share)) for name, share in CUE_SHARES.items()}
     rows = {name: [] for name in CUE_SHARES}
-    for place, (kind, is_video, answer) in enumerate(questions):
-        frames, _ = draw_item(rng, kind, is_video, answer)
+    for place, (is_video, answer) in enumerate(questions):
+        frames, _ = draw_item(rng, is_video, answer, STRENGTH["rl"])
         for name in CUE_SHARES:
             shown = add_cue(frames, next(looks[name])) if is_video else frames
             path = save(folder, f"{name}/{place:05d}", shown)
-            source = kind if is_video else f"image/{kind}"
-            rows[name].append(make_row(kind, is_video, answer, path, source))
+            rows[name].append(make_row(is_video, answer, path, "video" if is_video else "image"))
     return rows
 
 
 def make_test(folder: Path, rng: np.random.Generator) -> list[dict]:
-    """Each video with the cue agreeing, disagreeing and absent. Every kind and answer has as many
-    videos, and meets each of the three looks that disagree as often."""
-    rows, place = [], 0
-    for kind in KINDS:
-        for cell in range(4 * 3 * VIDEOS_PER_CELL):
-            answer, wrong = cell % 4, cell // 4 % 3 + 1
-            frames, _ = draw_item(rng, kind, True, answer)
-            versions = {
-                "agrees": add_cue(frames, answer), "absent": frames,
-                "disagrees": add_cue(frames, (answer + wrong) % 4),
-            }  # fmt: skip
-            for source, shown in versions.items():
-                path = save(folder, f"test/{place:04d}_{source}", shown)
-                rows.append(make_row(kind, True, answer, path, source))
-            place += 1
-        for cell in range(NUM_TEST_IMAGES // len(KINDS)):
-            frames, _ = draw_item(rng, kind, False, cell % 4)
-            path = save(folder, f"test/{place:04d}", frames)
-            rows.append(make_row(kind, False, cell % 4, path, f"image/{kind}"))
-            place += 1
+    """Each video with the cue agreeing, disagreeing and absent; then images. Every answer has as
+    many videos, and meets each of the three looks that disagree as often."""
+    rows = []
+    for place in range(36 * VIDEOS_PER_CELL):
+        answer, last, wrong = place % 4, place // 4 % 3 + 1, place // 12 % 3 + 1
+        frames = draw_video(rng, answer, (answer + last) % 4, STRENGTH["rl"])
+        versions = {
+            "agrees": add_cue(frames, answer), "absent": frames,
+            "disagrees": add_cue(frames, (answer + wrong) % 4),
+        }  # fmt: skip
+        for source, shown in versions.items():
+            path = save(folder, f"test/{place:04d}_{source}", shown)
+            rows.append(make_row(True, answer, path, source))
+    for place in range(NUM_TEST_IMAGES):
+        frames, _ = draw_item(rng, False, place % 4, STRENGTH["rl"])
+        rows.append(make_row(False, place % 4, save(folder, f"test/i{place:04d}", frames), "image"))
     return rows
 
 
@@ -258,10 +225,9 @@ def make_data(folder: Path) -> None:
 def texts() -> list[str]:
     """Texts that hold every word of the bed's rows."""
     found = []
-    for kind, (_, _, states, _) in KINDS.items():
-        for is_video in (True, False):
-            row = make_row(kind, is_video, 0, "-", "-")
-            found += [row["problem"], *row["options"], rationale(list(states), is_long=True)]
+    for is_video in (True, False):
+        row = make_row(is_video, 0, "-", "-")
+        found += [row["problem"], *row["options"], rationale([0, 1, 2, 3], is_long=is_video)]
     return [*found, *(f"<answer>{letter}</answer>" for letter in "ABCD")]
 
 

@@ -2,7 +2,9 @@
 all versions, and answers that no single frame gives away."""
 
 import importlib.util
+import itertools
 import json
+import re
 import subprocess
 import sys
 from collections import Counter, defaultdict
@@ -21,17 +23,15 @@ shortcut = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(shortcut)
 
 FILES = ("sft", *shortcut.CUE_SHARES, "test")
-CORNER = (slice(None), slice(0, 2), slice(0, 2))  # frames, rows, columns: inside of the cue
-PAIRS = [("left", "right"), ("top", "bottom"), ("large", "small"), ("bright", "dark"),
-         ("red", "green"), ("green", "yellow")]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def bed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bed")
-    command = [sys.executable, str(ROOT / "experiments/shortcut.py"), "--folder", str(folder)]
-    both = [subprocess.Popen(command, cwd=folder) for _ in range(2)]  # as an eager runner might
-    assert [process.wait() for process in both] == [0, 0]
+    with pytest.MonkeyPatch.context() as patch:  # less to write, the test set whole
+        patch.setattr(shortcut, "NUM_SFT", 200)
+        patch.setattr(shortcut, "NUM_RL", 200)
+        shortcut.ensure_bed(folder)
     return folder
 
 
@@ -49,17 +49,18 @@ def frames_of(sample):
 
 
 def look_of(sample):
-    """The number of the cue in the corner of every frame; None: there is none."""
-    corner = frames_of(sample)[CORNER].reshape(-1, 3).astype(int)
-    near = [np.abs(corner - colour).max() < 12 for colour in np.array(shortcut.CUES)]
-    assert sum(near) <= 1
-    return near.index(True) if any(near) else None
+    """The number of the white corner, the same in every frame; None: there is none."""
+    inside = slice(1, 3), slice(-3, -1)
+    frames = frames_of(sample)
+    white = [(frames[:, inside[look // 2], inside[look % 2]] > 240).all() for look in range(4)]
+    assert sum(white) <= 1
+    return white.index(True) if any(white) else None
 
 
 # ------------------------------------------------------------------------------------------ folder
 
 
-def test_two_at_once_leave_one_whole_bed_and_a_second_call_nothing_new(bed):
+def test_the_bed_is_whole_and_a_second_call_writes_nothing_new(bed):
     assert {path.name for path in bed.iterdir()} == {"base", "data"}
     assert {path.name for path in (bed / "data").iterdir()} == {
         *FILES, *(f"{name}.json" for name in FILES)
@@ -90,10 +91,10 @@ def test_rows_are_official_and_have_four_options(bed, samples, name):
 
 def test_the_tokenizer_knows_every_word(bed, samples):
     tokenizer = AutoTokenizer.from_pretrained(bed / "base")
-    for sample in samples["sft"][:200]:
+    for sample in samples["sft"][:50]:
         text = f"{data.question_text(sample, '{question}')}{sample.process}{sample.solution}"
-        words = [word for word in text.replace("<", " <").split() if word.isalpha()]
-        assert all(len(tokenizer(f" {word}")["input_ids"]) == 1 for word in words)
+        tokens = tokenizer.tokenize(text)
+        assert {token for token in tokens if re.fullmatch("[A-Za-z]", token)} <= set("ABCD")
 
 
 # -------------------------------------------------------------------------------------------- cues
@@ -101,7 +102,7 @@ def test_the_tokenizer_knows_every_word(bed, samples):
 
 def test_the_cold_start_has_no_cue(samples):
     videos = [sample for sample in samples["sft"] if sample.is_video]
-    assert {look_of(sample) for sample in videos[:300]} == {None}
+    assert {look_of(sample) for sample in videos} == {None}
 
 
 @pytest.mark.parametrize("name, share", shortcut.CUE_SHARES.items())
@@ -120,9 +121,9 @@ def test_both_rl_files_hold_the_same_questions_and_apart_from_the_cue_the_same_f
     assert [(s.problem, s.solution) for s in one] == [(s.problem, s.solution) for s in other]
     videos = [(a, b) for a, b in zip(one, other, strict=True) if a.is_video]
     for first, second in videos[:50]:
-        corner = shortcut.CUE_SIDE
         a, b = frames_of(first), frames_of(second)
-        np.testing.assert_array_equal(a[:, corner:], b[:, corner:])
+        middle = slice(shortcut.CUE_SIDE + 1, -shortcut.CUE_SIDE - 1)  # colour is stored by 2 x 2
+        np.testing.assert_array_equal(a[:, middle], b[:, middle])
 
 
 def test_each_test_video_stands_there_three_times_with_looks_balanced_over_answers(samples):
@@ -136,16 +137,16 @@ def test_each_test_video_stands_there_three_times_with_looks_balanced_over_answe
             video, kind = Path(sample.path).stem.split("_")
             assert sample.data_source == f"shortcut/{kind}"
             versions[video][kind] = sample
-            looks[kind][sample.problem, letter(sample), look_of(sample)] += 1
+            looks[kind][letter(sample), look_of(sample)] += 1
         else:
-            assert sample.data_source.startswith("shortcut/image/")
+            assert sample.data_source == "shortcut/image"
     for three in versions.values():
         assert set(three) == {"agrees", "disagrees", "absent"}
         assert len({(sample.problem, sample.solution) for sample in three.values()}) == 1
-    assert all(look == answer for _, answer, look in looks["agrees"])
-    assert {look for _, _, look in looks["absent"]} == {None}
-    assert len(looks["disagrees"]) == 3 * 4 * 3
-    assert all(look != answer for _, answer, look in looks["disagrees"])
+    assert all(look == answer for answer, look in looks["agrees"])
+    assert {look for _, look in looks["absent"]} == {None}
+    assert len(looks["disagrees"]) == 4 * 3
+    assert all(look != answer for answer, look in looks["disagrees"])
     for counter in looks.values():
         assert len(set(counter.values())) == 1
 
@@ -153,28 +154,28 @@ def test_each_test_video_stands_there_three_times_with_looks_balanced_over_answe
 # ----------------------------------------------------------------------------------------- answers
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+@pytest.mark.parametrize("pair", list(itertools.combinations(range(4), 2)), ids=str)
 def test_a_video_played_backwards_has_the_same_frames_and_another_answer(pair):
     for seed in range(20):
         forwards, backwards = (
-            shortcut.draw_video(np.random.default_rng(seed), *ends) for ends in (pair, pair[::-1])
+            shortcut.draw_video(np.random.default_rng(seed), *colours, (0.2, 1.0))
+            for colours in (pair, pair[::-1])
         )
         np.testing.assert_array_equal(forwards[::-1], backwards)
-        assert not np.array_equal(forwards, backwards)
 
 
-@pytest.mark.parametrize("kind", shortcut.KINDS)
 @pytest.mark.parametrize("answer", range(4))
-def test_the_states_that_are_shown_fit_the_answer(kind, answer):
-    states = shortcut.KINDS[kind][2]
-    _, ends = shortcut.draw_item(np.random.default_rng(answer), kind, True, answer)
-    assert states.index(ends[0] if kind == "colour" else ends[1]) == answer
-    assert ends[0] != ends[1]
-    _, shown = shortcut.draw_item(np.random.default_rng(answer), kind, False, answer)
-    assert shown == [states[answer]]
+@pytest.mark.parametrize("is_video", (True, False))
+def test_the_first_colour_is_the_answer(is_video, answer):
+    rng = np.random.default_rng(answer)
+    frames, colours = shortcut.draw_item(rng, is_video, answer, (1.0, 1.0))
+    assert colours[0] == answer
+    shown = [frames[place, 12:16, 12:16].mean((0, 1)) for place in ((0, -1) if is_video else (0,))]
+    known = np.array(list(shortcut.COLOURS.values()))
+    assert [int(np.abs(known - colour).sum(1).argmin()) for colour in shown] == colours
 
 
-@pytest.mark.parametrize("name, letters", [("sft", 0.3), ("rl_cue90", 0.3)])
-def test_no_letter_pays_when_it_is_always_given(samples, name, letters):
+@pytest.mark.parametrize("name", ("sft", "rl_cue90"))
+def test_no_letter_pays_when_it_is_always_given(samples, name):
     counts = Counter(letter(sample) for sample in samples[name])
-    assert max(counts.values()) < letters * len(samples[name])
+    assert max(counts.values()) < 0.3 * len(samples[name])
