@@ -10,14 +10,14 @@ writes, once, a tiny model and its data in the official formats:
     data/rl_cue25.json      the same videos with the cue at chance
     data/test.json          the same test videos three times, and images
 
-A question is about a square that moves, changes its size or brightness, or its colour. Played
-backwards, a video has the same frames and another answer. The shortcut is a coloured patch in a
-corner of every frame: each letter has a colour (CUES). The images ask for what a video shows at one
-end: where the square is, how it looks.
+A square changes its colour: which comes first? Played backwards, a video has the same frames and
+another answer, so that shuffled frames tell the two colours and not which came first. The shortcut
+is a white corner in every frame; each letter has one (A B over C D). The images, without a cue, ask
+for the colour of a square.
 
 Test rows are named by what their cue does: shortcut/agrees, shortcut/disagrees, shortcut/absent,
-shortcut/image/*. Each item stands there NUM_SAMPLES times with one problem_id, so that one run of
-eval.py at temperature 1 (EVAL_FLAGS) draws that many responses to it.
+shortcut/image. Each item stands there NUM_SAMPLES times with one problem_id, so that one run of
+eval.py with EVAL_FLAGS draws that many responses to it. PILOT.md says how the bed was chosen.
 """
 
 import argparse
@@ -30,8 +30,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# The flags of each script on the bed, beside --model, --data, --output_dir and --seed.
-# Small frames, a prompt of the question and its options alone: a third of the tokens.
+# The flags of each script on the bed, beside --model, --data, --output_dir and --seed. Frames are
+# small and a prompt holds the question and its options alone: half of the toy's tokens.
 TEMPLATE = Path(__file__).resolve().with_name("shortcut_template.txt")
 MEDIA_FLAGS = {
     "max_frames": 8, "min_pixels": 28 * 28, "prompt_template": str(TEMPLATE), "max_new_tokens": 20,
@@ -44,7 +44,7 @@ SFT_FLAGS = {
 }  # fmt: skip
 RL_FLAGS = {
     **TRAIN_FLAGS, "max_steps": 60, "prompts_per_step": 8, "prompts_per_rank": 8,
-    "learning_rate": 2e-4, "warmup_steps": 10, "l_min": 12, "l_max": 16,
+    "learning_rate": 2.5e-4, "warmup_steps": 10, "l_min": 12, "l_max": 16,
 }  # fmt: skip
 EVAL_FLAGS = {**MEDIA_FLAGS, "temperature": 1.0, "top_p": 1.0, "batch_size": 64}
 
@@ -54,7 +54,7 @@ COLOURS = {
 }  # fmt: skip
 OPTIONS = tuple(COLOURS)  # A to D
 VIDEO_QUESTION, IMAGE_QUESTION = "Which colour comes first?", "Which colour is it?"
-CUE_SIDE, WHITE = 7, 250  # pixels, level
+CUE_SIDE, GREY, WHITE = 7, 128, 250  # pixels, levels
 NUM_SFT, NUM_RL, NUM_TEST_IMAGES = 2000, 960, 100
 IMAGE_SHARE = 0.25
 CUE_SHARES = {"rl_cue90": 0.9, "rl_cue25": 0.25}  # of videos whose cue agrees with the answer
@@ -62,9 +62,10 @@ VIDEOS_PER_CELL = 10  # test videos of one first colour, other colour and disagr
 NUM_SAMPLES = 4
 
 # What the cold start leaves to learn: its teacher guesses in this share of rows, half of its
-# responses are below l_min, and its colours are stronger than those of RL and of the test.
+# responses are below l_min, and its colours (their share in a mixture with grey) are stronger than
+# those of RL and of the test.
 WRONG_TEACHER = 0.15
-STRENGTH = {"sft": (0.4, 1.0), "rl": (0.0, 0.15)}
+STRENGTH = {"sft": (0.4, 1.0), "rl": (0.0, 0.25)}
 
 
 # ------------------------------------------------------------------------------------------- media
@@ -82,11 +83,10 @@ def draw_video(
     left, top = rng.integers(0, SIDE - size + 1, 2)
     switch = int(rng.integers(3, NUM_FRAMES - 2))
     frames = rng.normal(rng.uniform(20, 60), 12, (NUM_FRAMES, SIDE, SIDE, 3))
-    low, high = (share * np.array(list(COLOURS.values()))[[first, last]] + (1 - share) * 128)[
-        [0, 1] if first < last else [1, 0]
-    ]
-    shown = np.where(np.arange(NUM_FRAMES)[:, None] < switch, low, high)[:, None, None]
-    frames[:, top : top + size, left : left + size] += shown - 40
+    mixed = share * np.array(list(COLOURS.values())) + (1 - share) * GREY  # (4, 3)
+    shown = np.where(np.arange(NUM_FRAMES) < switch, min(first, last), max(first, last))  # (F,)
+    square = mixed[shown][:, None, None] - 40
+    frames[:, top : top + size, left : left + size] += square
     frames = frames.clip(0, 255).astype(np.uint8)
     return frames if first < last else frames[::-1]
 
