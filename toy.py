@@ -7,6 +7,8 @@ which line it moves but not which way, so a model that ignores the order of fram
 
 import json
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,24 +44,29 @@ WRONG_TEACHER = 0.1
 
 
 def ensure_toy(seed: int = 0) -> None:
-    """Write runs/toy/base and runs/toy/data unless they exist. Deterministic given the seed.
+    """Write runs/toy/base and runs/toy/data unless they exist. Deterministic given the seed."""
+    for folder, make in ((BASE, make_model), (FOLDER / "data", make_data)):
+        write_once(folder, partial(make, seed=seed))
+
+
+def write_once(folder: Path, make: Callable[[Path], None]) -> None:
+    """Have make(scratch) write a folder unless it exists.
 
     Safe when several processes call it: each writes to a scratch folder of its own, the first to
     finish renames it into place, and the others, whose bytes are the same, drop theirs.
     """
-    for folder, make in ((BASE, make_model), (FOLDER / "data", make_data)):
-        if folder.is_dir():
-            continue
-        FOLDER.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=FOLDER) as scratch:
-            complete = Path(scratch) / folder.name
-            complete.mkdir()
-            make(complete, seed)
-            try:
-                complete.rename(folder)
-            except OSError:
-                if not folder.is_dir():
-                    raise
+    if folder.is_dir():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+        complete = Path(scratch) / folder.name
+        complete.mkdir()
+        make(complete)
+        try:
+            complete.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
 
 
 # ----------------------------------------------------------------------------------------- media
@@ -222,13 +229,20 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tokenizer(folder: Path) -> dict[str, int]:
-    """Write a byte-level BPE tokenizer that knows the toy's words; any other text is bytes."""
-    rng, words = np.random.default_rng(0), []
+def toy_texts() -> list[str]:
+    """Texts that hold every word of the toy's rows."""
+    rng, texts = np.random.default_rng(0), []
     with tempfile.TemporaryDirectory() as scratch:
         for kind in [kind for kind in KINDS for _ in range(30)]:
             row = make_row(rng, kind, Path(scratch), "x")
-            words += [row["problem"], row["process"], row["solution"], *row["options"]]
+            texts += [row["problem"], row["process"], row["solution"], *row["options"]]
+    return texts
+
+
+def make_tokenizer(folder: Path, texts: list[str] | None = None) -> dict[str, int]:
+    """Write a byte-level BPE tokenizer that knows the words of `texts`, by default the toy's, and
+    of the prompt; any other text is bytes. Returns the ids of SPECIAL and the vocabulary's size."""
+    words = toy_texts() if texts is None else list(texts)
     words += ["system\nYou are a helpful assistant.\nuser\nassistant\nOptions:", data.TEMPLATE]
     words += [*data.ANSWER_FORMATS.values(), *map(str, range(64))]
     tokenizer = Tokenizer(models.BPE())
@@ -253,9 +267,9 @@ def make_tokenizer(folder: Path) -> dict[str, int]:
     }
 
 
-def make_model(folder: Path, seed: int) -> None:
-    """Write a model folder as the Hub has it, with random weights."""
-    ids = make_tokenizer(folder)
+def make_model(folder: Path, seed: int, texts: list[str] | None = None) -> None:
+    """Write a model folder as the Hub has it, with random weights. texts: of make_tokenizer."""
+    ids = make_tokenizer(folder, texts)
     config = {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl",
         "torch_dtype": "float32", "vocab_size": ids["size"], "hidden_size": 128,
