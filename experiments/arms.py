@@ -28,14 +28,14 @@ PLAIN, NONE = {"temporal": "false"}, {"advantage_norm": "none"}
 SEPARATE, ADVANTAGE = {"advantage_norm": "separate"}, {"temporal_target": "advantage"}
 PLACEBO, NO_LENGTH = {"shuffled_group_size": 0}, {"length_reward": "false"}
 ARMS = {
-    "grpo": Arm(12, PLAIN),
-    "tgrpo": Arm(12),
-    "grpo_none": Arm(12, NONE | PLAIN),
-    "tgrpo_none": Arm(12, NONE),
-    "placebo_none": Arm(12, NONE | PLACEBO),
-    "tgrpo_advantage": Arm(12, ADVANTAGE),
-    "placebo_advantage": Arm(12, ADVANTAGE | PLACEBO),
-    "cold_start": Arm(12, trains=False),
+    "grpo": Arm(16, PLAIN),
+    "tgrpo": Arm(16),
+    "grpo_none": Arm(16, NONE | PLAIN),
+    "tgrpo_none": Arm(16, NONE),
+    "placebo_none": Arm(16, NONE | PLACEBO),
+    "tgrpo_advantage": Arm(16, ADVANTAGE),
+    "placebo_advantage": Arm(16, ADVANTAGE | PLACEBO),
+    "cold_start": Arm(16, trains=False),
     "grpo_cue25": Arm(6, PLAIN, data="rl_cue25"),
     "grpo_separate": Arm(6, SEPARATE | PLAIN),
     "tgrpo_separate": Arm(6, SEPARATE),

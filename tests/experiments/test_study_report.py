@@ -132,14 +132,14 @@ def test_a_report_says_what_the_results_say(tmp_path, monkeypatch, capsys):
     assert text in capsys.readouterr().out and text == text_of(tmp_path / "r")
     rows = {claim: row_of(text, claim) for claim in PRIMARY}
     assert [row[6] for row in rows.values()] == ["**fails**", "**holds**", "**holds, small**"]
-    values = [3.0 + (0.3, -0.3, 0.1, -0.1)[seed % 4] for seed in range(12)]
+    values = [3.0 + (0.3, -0.3, 0.1, -0.1)[seed % 4] for seed in range(16)]
     one = estimate(values)
     _, second, _ = rows.values()
-    assert second[3] == f"+{one.mean:.1f} [+{one.low:.1f}, +{one.high:.1f}]" and second[2] == "12"
+    assert second[3] == f"+{one.mean:.1f} [+{one.low:.1f}, +{one.high:.1f}]" and second[2] == "16"
     for words in ("sha256: cafe", "commit: beef", "are of another", "Failed runs: none", "+12.0"):
         assert words in text
     grpo = row_of(text, "grpo")
-    assert grpo[6] == " ".join(f"{60 + seed / 2:.1f}" for seed in range(12))
+    assert grpo[6] == " ".join(f"{60 + seed / 2:.1f}" for seed in range(16))
     assert grpo[8:] == ["12.0", "-", "0.150"]  # tokens, temporal_effect, zero_std
     exploratory = text[text.index("| exploratory |") :]
     assert not {"holds", "fails", "open"} & set(exploratory.replace(",", " ").split())
@@ -152,13 +152,13 @@ def test_a_failed_run_is_named_and_takes_its_pair_along(tmp_path):
     folder = write_results(tmp_path / "r", failed=[("grpo", 3)])
     text = text_of(folder)
     found = row_of(text, "r_t helps, as printed (std)")
-    assert found[2] == "11" and found[6] == "**fails**"
+    assert found[2] == "15" and found[6] == "**fails**"
     assert "Failed runs: 1\n- grpo seed 3: the loss is not finite" in text
 
 
 def test_an_unfinished_contrast_has_no_word(tmp_path):
     text = text_of(write_results(tmp_path / "r", skip=[("tgrpo_none", 11)]))
-    assert row_of(text, "r_t helps without std")[6] == "**unfinished: 11 of 12 pairs**"
+    assert row_of(text, "r_t helps without std")[6] == "**unfinished: 15 of 16 pairs**"
 
 
 def test_nothing_is_decided_where_the_control_fails(tmp_path, monkeypatch):
@@ -178,11 +178,11 @@ def test_pilot_seeds_are_reported_only_where_they_are_named(tmp_path):
     assert "pilot" not in text_of(folder)
     text = text_of(folder, 100, 101)
     found = row_of(text, "r_t helps, as printed (std)")
-    assert "of the pilot" in text and found[6] == "**unfinished: 2 of 12 pairs**"
+    assert "of the pilot" in text and found[6] == "**unfinished: 2 of 16 pairs**"
 
 
 def test_few_results_are_reported_too(tmp_path):
-    only = [(arm, seed) for arm in ARMS for seed in range(12) if (arm, seed) != ("tgrpo", 0)]
+    only = [(arm, seed) for arm in ARMS for seed in range(16) if (arm, seed) != ("tgrpo", 0)]
     text = text_of(write_results(tmp_path / "r", skip=only))
     assert row_of(text, "tgrpo")[2] == "60.4"
     with pytest.raises(SystemExit, match="no result"):
