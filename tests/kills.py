@@ -5,7 +5,7 @@
 Half of the runs are SFT, half RL, each on two processes. The victim is one rank, the launcher or,
 while a checkpoint is being written, either. A run counts as equal if its weights, its metrics
 without the timings, and its rollouts are those of the undisturbed run, byte for byte.
-infra/test_distributed.py does four of these.
+infra/test_distributed.py and test_commands.py do one each.
 """
 
 import argparse

@@ -28,11 +28,10 @@ def mini_qwen(tmp_path_factory):
     return folder
 
 
-def launch(num_processes, script, *flags, cwd):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-    start = [*launcher, str(num_processes)] if num_processes > 1 else []
+def launch(script, *flags, cwd):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     subprocess.run(
-        [sys.executable, *start, ROOT / script, *map(str, flags)],
+        [sys.executable, *torchrun, ROOT / script, *map(str, flags)],
         cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, timeout=900,
     )  # fmt: skip
 
@@ -41,18 +40,17 @@ def read_metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("num_processes", [1, 2])
-def test_both_stages_and_the_evaluation_on_real_input(mini_qwen, tmp_path, num_processes):
+def test_both_stages_and_the_evaluation_on_real_input(mini_qwen, tmp_path):
     rows = REAL / "real.json"
     new_tokens = ["--max_new_tokens", "64"]
-    launch(num_processes, "train_sft.py", "--model", mini_qwen, "--data", rows,
+    launch("train_sft.py", "--model", mini_qwen, "--data", rows,
            "--learning_rate", "1e-4", *SHORT, cwd=tmp_path)  # fmt: skip
     sft = read_metrics(tmp_path / "runs/sft")
     assert len(sft) == 3
     assert sft[2]["loss"] < sft[0]["loss"]
 
     sft_model = tmp_path / "runs/sft/model"
-    launch(num_processes, "train_rl.py", "--model", sft_model, "--data", rows,
+    launch("train_rl.py", "--model", sft_model, "--data", rows,
            *SHORT, *new_tokens, cwd=tmp_path)  # fmt: skip
     rl = read_metrics(tmp_path / "runs/rl")
     assert len(rl) == 3
@@ -62,7 +60,7 @@ def test_both_stages_and_the_evaluation_on_real_input(mini_qwen, tmp_path, num_p
     assert len(records) == 3 * 2
 
     rl_model = tmp_path / "runs/rl/model"
-    launch(num_processes, "eval.py", "--model", rl_model, "--data", rows, "--batch_size", "2",
+    launch("eval.py", "--model", rl_model, "--data", rows, "--batch_size", "2",
            "--max_frames", "16", "--max_pixels", "25088", *new_tokens, cwd=tmp_path)  # fmt: skip
     (summary,) = (tmp_path / "runs/eval").glob("*/real.ordered.summary.json")
     assert json.loads(summary.read_text())["num_items"] == 5

@@ -216,7 +216,8 @@ def test_results_of_other_flags_are_refused(folder, monkeypatch):
 
 
 DRIVER = """
-import pathlib, sys
+import pathlib, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits SIG_IGN
 sys.path.insert(0, {root!r})
 from experiments import ablations
 ablations.ROOT = pathlib.Path({scripts!r})
