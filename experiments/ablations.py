@@ -241,12 +241,11 @@ def run_study(study: Study) -> None:
                 except Stopped:
                     bar.write("a run was asked to stop before its end: the same command resumes it")
                 bar.update()
-        except BaseException:  # Ctrl-C too: nothing new starts, and what runs saves and ends
+        finally:  # after an error or Ctrl-C nothing new starts, and what runs saves and ends
             study.stopping.set()
             for process in list(study.running):
                 process.terminate()
             pool.shutdown(cancel_futures=True)
-            raise
 
 
 def line_of(record: dict) -> str:
